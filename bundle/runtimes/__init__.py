@@ -1,0 +1,1 @@
+"""One file per runtime that can execute a bundle's graphs on this host."""

@@ -1,0 +1,1 @@
+"""Teacher, student and data -> a distilled Hugging Face checkpoint."""

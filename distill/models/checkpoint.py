@@ -1,0 +1,171 @@
+"""Checkpoint directory (ours, or the published mtgv layout) -> MobileVlm in evaluation mode; safetensors only, no code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from bundle.errors import UsageError
+from bundle.staging import inside
+from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
+
+PUBLISHED_ARCHITECTURE = "MobileLlamaForCausalLM"
+OUR_ARCHITECTURE = "MobileVlm"
+IGNORED_SUFFIXES = ("position_ids", "rotary_emb.inv_freq")  # buffers in older files, recomputed here
+# published name -> ours; the first prefix that fits wins
+PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
+    ("model.mm_projector.mlp.mlp.0.", "projector.linear_1."),
+    ("model.mm_projector.mlp.mlp.2.", "projector.linear_2."),
+    ("model.mm_projector.peg.peg.0.", "projector.position."),
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
+    ("model.vision_tower.vision_tower.", "vision_tower."),
+    ("model.", "language_model."),
+    ("lm_head.", "lm_head."),
+)
+LLAMA_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "rms_norm_eps", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def load_vlm(path: str | Path, dtype: torch.dtype = torch.float32) -> MobileVlm:
+    """Open a checkpoint directory.
+
+    Raises:
+        UsageError: the directory, config, weights or vision tower is missing, unsupported or damaged.
+    """
+    folder = Path(path)
+    config = read_json(folder / "config.json", folder)
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    if architecture == PUBLISHED_ARCHITECTURE:
+        return _load_published(folder, config).to(dtype).eval()
+    if architecture == OUR_ARCHITECTURE:
+        return _fill(MobileVlm(MobileVlmConfig.from_dict(config)), read_weights(folder), folder).to(dtype).eval()
+    raise UsageError(
+        f"{folder}: architecture '{architecture}' is not supported; supported: {PUBLISHED_ARCHITECTURE} "
+        f"(MobileVLM V2 as published), {OUR_ARCHITECTURE} (made by alignkd-distill)"
+    )
+
+
+def read_json(path: Path, folder: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint, or one line that says what is missing."""
+    if not path.is_file():
+        raise UsageError(f"{folder} is no checkpoint: {path.name} is missing; give a directory with config.json and *.safetensors")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors shards of a checkpoint, in name order; pickled weights are never opened."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index, folder).get("weight_map", {}).values()))
+        return [inside(folder, name, "weight file") for name in names]
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        hint = f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors first" if pickled else ""
+        raise UsageError(f"{folder} has no model*.safetensors{hint}")
+    return files
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its stored name."""
+    state: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        if not file.is_file():
+            raise UsageError(f"{folder}: weight file {file.name} is named by the index but missing")
+        try:
+            state.update(load_file(file))
+        except SafetensorError as error:
+            raise UsageError(f"{file} is damaged ({error}); copy or download it again") from error
+    return state
+
+
+def _load_published(folder: Path, config: dict[str, Any]) -> MobileVlm:
+    if config.get("mm_projector_type") != "ldpnetv2":
+        raise UsageError(f"{folder}: mm_projector_type '{config.get('mm_projector_type')}' is not supported; supported: ldpnetv2")
+    state = {_rename(name, folder): tensor for name, tensor in read_weights(folder).items() if not name.endswith(IGNORED_SUFFIXES)}
+    tower_folder = tower_directory(folder, config)
+    if not any(name.startswith("vision_tower.") for name in state):
+        if tower_folder is None:
+            raise _no_tower(folder, config)
+        state.update(_tower_weights(tower_folder))
+    vision = _vision_config(folder, config, tower_folder)
+    text = LlamaConfig(**{key: config[key] for key in LLAMA_FIELDS if key in config}, rope_parameters=_rope(config))
+    text.tie_word_embeddings = False
+    ours = MobileVlmConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_select_layer=config.get("mm_vision_select_layer", -2),
+        image_aspect_ratio={"pad": "pad"}.get(config.get("image_aspect_ratio", "pad"), "crop"),
+    )
+    return _fill(MobileVlm(ours), state, folder)
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": float(config.get("rope_theta", 10000.0))}
+
+
+def _rename(name: str, folder: Path) -> str:
+    for theirs, ours in PUBLISHED_NAMES:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    raise UsageError(f"{folder}: tensor '{name}' is not part of the published MobileVLM V2 layout")
+
+
+def tower_directory(folder: Path, config: dict[str, Any]) -> Path | None:
+    """The folder that ``mm_vision_tower`` names: absolute, inside the checkpoint, or beside it; None if not on disk."""
+    name = str(config.get("mm_vision_tower") or "")
+    places = [Path(name), folder / name, folder.parent / name] if name else []
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def _no_tower(folder: Path, config: dict[str, Any]) -> UsageError:
+    return UsageError(
+        f"{folder} has no vision tower: none in its weights, and mm_vision_tower '{config.get('mm_vision_tower')}' is no "
+        f"folder on this disk; put the CLIP tower (config.json, model.safetensors) into {folder.parent} under that name"
+    )
+
+
+def _vision_config(folder: Path, config: dict[str, Any], tower_folder: Path | None) -> CLIPVisionConfig:
+    if tower_folder is None:
+        raise _no_tower(folder, config)
+    raw = read_json(tower_folder / "config.json", tower_folder)
+    return CLIPVisionConfig(**{k: v for k, v in raw.get("vision_config", raw).items() if k not in ("architectures", "model_type")})
+
+
+def _tower_weights(tower_folder: Path) -> dict[str, torch.Tensor]:
+    weights = read_weights(tower_folder)
+    return {
+        "vision_tower." + name.removeprefix("vision_model."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("vision_model.") and not name.endswith(IGNORED_SUFFIXES)
+    }
+
+
+def _fill(model: MobileVlm, state: dict[str, torch.Tensor], folder: Path) -> MobileVlm:
+    wanted = model.state_dict()
+    missing = sorted(set(wanted) - set(state))
+    extra = sorted(set(state) - set(wanted))
+    if missing or extra:
+        raise UsageError(
+            f"{folder}: weights do not fit the config: {len(missing)} missing (first: {missing[:1]}), {len(extra)} unknown "
+            f"(first: {extra[:1]})"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            raise UsageError(f"{folder}: '{name}' has shape {list(tensor.shape)}, the config asks for {list(wanted[name].shape)}")
+    model.load_state_dict(state)
+    return model

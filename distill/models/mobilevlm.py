@@ -1,0 +1,209 @@
+"""MobileVLM V2 (CLIP tower, LDPv2, LLaMA) as a transformers model: ids with one image id per image -> logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
+
+from distill.models.projector import LDPv2
+
+IMAGE_TOKEN_ID = -200  # the published code's IMAGE_TOKEN_INDEX; never a row of the embedding table
+PADDING_KIND, TEXT_KIND, VISION_KIND = 0, 1, 2
+
+
+class MobileVlmConfig(PreTrainedConfig):
+    """Sizes of the three parts; saved as config.json beside the weights.
+
+    Args:
+        text_config: a LlamaConfig or its dict.
+        vision_config: a CLIPVisionConfig or its dict.
+        vision_select_layer: which hidden state of the tower is read (-2 in every published checkpoint).
+        image_aspect_ratio: "pad" (square padding with the mean colour), "crop" or "stretch".
+    """
+
+    model_type = "alignkd_mobilevlm"
+    sub_configs = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}
+
+    def __init__(
+        self,
+        text_config: LlamaConfig | dict[str, Any] | None = None,
+        vision_config: CLIPVisionConfig | dict[str, Any] | None = None,
+        vision_select_layer: int = -2,
+        projector_type: str = "ldpnetv2",
+        image_aspect_ratio: str = "pad",
+        image_token_id: int = IMAGE_TOKEN_ID,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = LlamaConfig(**text_config) if isinstance(text_config, dict) else text_config or LlamaConfig()
+        self.vision_config = (
+            CLIPVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config or CLIPVisionConfig()
+        )
+        self.vision_select_layer = vision_select_layer
+        self.projector_type = projector_type
+        self.image_aspect_ratio = image_aspect_ratio
+        self.image_token_id = image_token_id
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches per side of the tower."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens per image after LDPv2 halves the grid (144 for 336 px and patch 14)."""
+        return (self.patch_grid // 2) ** 2
+
+
+class Expanded:
+    """A batch after every image id was replaced by its visual tokens.
+
+    Attributes:
+        inputs_embeds: [B, L, D].
+        attention_mask: [B, L], 1 on real positions.
+        kinds: [B, L], PADDING_KIND, TEXT_KIND or VISION_KIND.
+        labels: [B, L] with -100 on vision and padding, or None.
+        visual_tokens: [n_images, N, D], or None for a text-only batch.
+    """
+
+    def __init__(
+        self,
+        inputs_embeds: torch.Tensor,
+        kinds: torch.Tensor,
+        labels: torch.Tensor | None,
+        visual_tokens: torch.Tensor | None,
+    ) -> None:
+        self.inputs_embeds = inputs_embeds
+        self.kinds = kinds
+        self.attention_mask = (kinds != PADDING_KIND).long()
+        self.labels = labels
+        self.visual_tokens = visual_tokens
+
+
+class MobileVlm(PreTrainedModel):
+    """The model. ``logits`` is the whole forward pass; the parts are public for losses and exporters."""
+
+    config_class = MobileVlmConfig
+    config: MobileVlmConfig
+    base_model_prefix = "mobilevlm"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MobileVlmConfig) -> None:
+        super().__init__(config)
+        text, vision = config.text_config, config.vision_config
+        self.vision_tower = CLIPVisionModel(vision)
+        self.projector = LDPv2(vision.hidden_size, text.hidden_size, config.patch_grid // 2)
+        self.language_model = LlamaModel(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands for one whole image in ``input_ids``."""
+        return self.config.image_token_id
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """pixel_values [n, 3, S, S] -> patch features [n, P, D_v] of the selected layer, class token dropped."""
+        states = self.vision_tower(pixel_values.to(self.dtype), output_hidden_states=True).hidden_states
+        return states[self.config.vision_select_layer][:, 1:]
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """pixel_values [n, 3, S, S] -> projected visual tokens [n, N, D]."""
+        return self.projector(self.tower_features(pixel_values))
+
+    def expand(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        visual_tokens: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Expanded:
+        """Replace each image id by its N visual tokens, rows kept right-padded.
+
+        Args:
+            input_ids: [B, T], ``image_token_id`` once per image.
+            attention_mask: [B, T]; 0 marks padding. None means no padding.
+            visual_tokens: [n_images, N, D] in reading order of the batch's image ids.
+            labels: [B, T] aligned with ``input_ids``, -100 where unsupervised.
+
+        Raises:
+            ValueError: the number of image ids differs from the number of images.
+        """
+        is_image = input_ids == self.image_token_id  # [B, T]
+        images = 0 if visual_tokens is None else visual_tokens.shape[0]
+        if int(is_image.sum()) != images:
+            raise ValueError(f"input_ids hold {int(is_image.sum())} image ids, but {images} images were given")
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
+        per_image = 1 if visual_tokens is None else visual_tokens.shape[1]
+        spread = torch.where(is_image, per_image, 1) * real  # [B, T] positions each id takes
+        lengths = spread.sum(1)
+        end = spread.cumsum(1)  # [B, T]
+        batch, length = input_ids.shape[0], int(lengths.max())
+        kinds = input_ids.new_zeros(batch, length)
+        embeds = self.lm_head.weight.new_zeros(batch, length, self.config.text_config.hidden_size)  # [B, L, D]
+        kinds[torch.arange(length, device=kinds.device)[None] < lengths[:, None]] = VISION_KIND
+        text_at = (real.bool() & ~is_image).nonzero(as_tuple=True)
+        target = (text_at[0], end[text_at] - 1)
+        kinds[target] = TEXT_KIND
+        embeds = embeds.index_put(target, self.get_input_embeddings()(input_ids[text_at]).to(embeds.dtype))
+        if visual_tokens is not None:
+            embeds = embeds.index_put((kinds == VISION_KIND).nonzero(as_tuple=True), visual_tokens.flatten(0, 1).to(embeds.dtype))
+        spread_labels = None
+        if labels is not None:
+            spread_labels = labels.new_full((batch, length), -100)
+            spread_labels[target] = labels[text_at]
+        return Expanded(embeds, kinds, spread_labels, visual_tokens)
+
+    def hidden_states(self, expanded: Expanded) -> torch.Tensor:
+        """Expanded batch -> last hidden states after the final norm [B, L, D]."""
+        return self.language_model(
+            inputs_embeds=expanded.inputs_embeds, attention_mask=expanded.attention_mask, use_cache=False
+        ).last_hidden_state
+
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """ids [B, T], mask [B, T], images [n, 3, S, S] -> logits [B, L, V] over the expanded positions."""
+        visual = None if pixel_values is None else self.encode_images(pixel_values)
+        return self.lm_head(self.hidden_states(self.expand(input_ids, attention_mask, visual)))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The same as ``logits``."""
+        return self.logits(input_ids, attention_mask, pixel_values)
+
+    @torch.no_grad()
+    def greedy(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, max_new_tokens: int, eos_ids: tuple[int, ...] = ()
+    ) -> list[int]:
+        """Greedy continuation of one sequence [1, T] with a KV cache; stops after an id of ``eos_ids``."""
+        visual = None if pixel_values is None else self.encode_images(pixel_values)
+        step: torch.Tensor = self.expand(input_ids, None, visual).inputs_embeds  # [1, L, D]
+        cache, ids = None, []
+        for _ in range(max_new_tokens):
+            out = self.language_model(inputs_embeds=step, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            ids.append(int(self.lm_head(out.last_hidden_state[:, -1]).argmax(-1)))
+            if ids[-1] in eos_ids:
+                break
+            step = self.get_input_embeddings()(torch.tensor([[ids[-1]]], device=step.device))
+        return ids

@@ -1,0 +1,1 @@
+"""Checkpoint directory -> bundle directory, one per target."""

@@ -1,0 +1,1 @@
+"""Bundles -> latency, memory and accuracy rows -> one offline report."""

@@ -1,0 +1,1 @@
+"""The six benchmarks: questions from their real files, official scoring of answer files."""
