@@ -1,0 +1,72 @@
+"""Question, image or none -> prompt text and token ids; answer ids' text -> clean answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bundle.errors import UsageError
+from bundle.manifest import PromptSpec, TokenizerSpec
+from bundle.tokenizer import Tokenizer
+
+IMAGE_MARKER = "<image>"
+
+TEMPLATES: dict[str, PromptSpec] = {
+    # vicuna_v1, letter for letter: single spaces, no newline before ASSISTANT, nothing after the colon
+    "v1": PromptSpec(
+        template="v1",
+        prefix=(
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: "
+        ),
+        after_image="\n",
+        suffix=" ASSISTANT:",
+    ),
+    # stage 1 of training: the image, then its caption; a question is the beginning of that caption
+    "plain": PromptSpec(template="plain", prefix="", after_image="", suffix=""),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is asked.
+
+    Attributes:
+        text: the whole text, with the image marker where the image stands.
+        token_ids: BOS first, ``image_token_id`` once where the image stands.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+def build_prompt(
+    spec: PromptSpec, tokenizer: Tokenizer, tokenizer_spec: TokenizerSpec, question: str, has_image: bool
+) -> Prompt:
+    """Fill the template with ``question``.
+
+    Raises:
+        UsageError: the question itself holds an image marker: it would stand for a second image.
+    """
+    if spec.image_marker in question or IMAGE_MARKER in question:
+        raise UsageError(
+            f"the question holds '{IMAGE_MARKER}'; the template '{spec.template}' places the image itself: "
+            f"remove '{IMAGE_MARKER}' from the question"
+        )
+    image = spec.image_marker + spec.after_image if has_image else ""
+    text = f"{spec.prefix}{image}{question}{spec.suffix}"
+    pieces = encode_pieces(text, tokenizer, tokenizer_spec.image_token_id, spec.image_marker)
+    return Prompt(text, (tokenizer_spec.bos_id, *pieces))
+
+
+def encode_pieces(text: str, tokenizer: Tokenizer, image_token_id: int, image_marker: str = IMAGE_MARKER) -> list[int]:
+    """Text with image markers -> ids without BOS: each piece between markers is encoded on its own, as LLaVA does."""
+    first, *rest = text.split(image_marker)
+    ids = tokenizer.encode(first)
+    for piece in rest:
+        ids += [image_token_id, *tokenizer.encode(piece)]
+    return ids
+
+
+def clean_answer(text: str) -> str:
+    """Decoded answer -> answer: blanks around it and one trailing end mark go, as in the published evaluation."""
+    return text.strip().removesuffix("</s>").strip()
