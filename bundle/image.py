@@ -21,6 +21,7 @@ from bundle.errors import UsageError
 from bundle.manifest import ImageSpec
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, applied to the padded or resized picture too
+FILTERS = {"bicubic": Image.Resampling.BICUBIC}
 DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, MemoryError, struct.error, zlib.error,
     Image.DecompressionBombError,
@@ -96,12 +97,12 @@ def _crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
     wide, high = int(spec.size * width / shortest), int(spec.size * height / shortest)
     _refuse_huge(image, wide, high)
     left, top = (wide - spec.size) // 2, (high - spec.size) // 2
-    resized = image.resize((wide, high), Image.Resampling.BICUBIC)
+    resized = image.resize((wide, high), FILTERS[spec.resample])
     return resized.crop((left, top, left + spec.size, top + spec.size))
 
 
 def _stretch(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    return image.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+    return image.resize((spec.size, spec.size), FILTERS[spec.resample])
 
 
 def _refuse_huge(image: Image.Image, width: int, height: int) -> None:

@@ -1,11 +1,14 @@
-"""Question, image or none -> prompt text and token ids; answer ids' text -> clean answer."""
+"""Question, image or none -> prompt text, token ids and the spliced embeddings; decoded answer -> clean answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from bundle.errors import UsageError
 from bundle.manifest import PromptSpec, TokenizerSpec
+from bundle.runtimes.contract import Floats
 from bundle.tokenizer import Tokenizer
 
 IMAGE_MARKER = "<image>"
@@ -65,6 +68,28 @@ def encode_pieces(text: str, tokenizer: Tokenizer, image_token_id: int, image_ma
     for piece in rest:
         ids += [image_token_id, *tokenizer.encode(piece)]
     return ids
+
+
+def text_ids(token_ids: tuple[int, ...], image_token_id: int) -> list[int]:
+    """The ids that have an embedding: all but the image's."""
+    return [i for i in token_ids if i != image_token_id]
+
+
+def splice(token_ids: tuple[int, ...], image_token_id: int, embeddings: Floats, visual_tokens: Floats | None) -> Floats:
+    """Put the image's rows where its id stands.
+
+    Args:
+        token_ids: T text ids, and the image id once if there is an image.
+        embeddings: [1, T, D], of the text ids in order.
+        visual_tokens: [1, N, D] or None.
+
+    Returns:
+        [1, T + N, D], what the decoder is fed.
+    """
+    if visual_tokens is None:
+        return embeddings
+    at = token_ids.index(image_token_id)
+    return np.concatenate([embeddings[:, :at], visual_tokens, embeddings[:, at:]], axis=1)  # [1, T + N, D]
 
 
 def clean_answer(text: str) -> str:

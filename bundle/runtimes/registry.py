@@ -1,0 +1,103 @@
+"""Target -> the runtimes that can execute it, and the first of them that this host has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from bundle.errors import BackendMissingError, UsageError
+from bundle.manifest import Manifest, Target
+from bundle.runtimes.contract import Runtime
+
+
+class RuntimeModule(Protocol):
+    """What every file in bundle/runtimes offers."""
+
+    def available(self) -> str | None:
+        """None when it can run here, else the reason in one line."""
+
+    def open_runtime(self, bundle: Path, manifest: Manifest, threads: int | None) -> Runtime:
+        """Load the graphs of an opened bundle."""
+
+
+@dataclass(frozen=True)
+class RuntimeEntry:
+    """A runtime by the name that --runtime takes; ``load`` imports its file."""
+
+    name: str
+    load: Callable[[], RuntimeModule]
+
+
+def _onnx() -> RuntimeModule:
+    from bundle.runtimes import onnx
+
+    return onnx
+
+
+def _executorch() -> RuntimeModule:
+    from bundle.runtimes import executorch
+
+    return executorch
+
+
+def _coreml() -> RuntimeModule:
+    from bundle.runtimes import coreml
+
+    return coreml
+
+
+def _coreml_interpreter() -> RuntimeModule:
+    from bundle.runtimes import coreml_interpreter
+
+    return coreml_interpreter
+
+
+RUNTIMES: dict[Target, tuple[RuntimeEntry, ...]] = {
+    "onnx": (RuntimeEntry("onnx", _onnx),),
+    "executorch": (RuntimeEntry("executorch", _executorch),),
+    # Apple's own runtime first; the interpreter walks the ML program on any host
+    "coreml": (RuntimeEntry("coreml", _coreml), RuntimeEntry("coreml_interpreter", _coreml_interpreter)),
+}
+
+
+def runtime_entries(target: Target, name: str | None = None) -> tuple[RuntimeEntry, ...]:
+    """All runtimes of ``target``, or the one called ``name``.
+
+    Raises:
+        UsageError: the target has no runtime of that name.
+    """
+    entries = RUNTIMES[target]
+    if name is None:
+        return entries
+    chosen = tuple(entry for entry in entries if entry.name == name)
+    if not chosen:
+        known = ", ".join(entry.name for entry in entries)
+        raise UsageError(f"runtime '{name}' does not run bundles for '{target}'; allowed: {known}")
+    return chosen
+
+
+def no_runtime(target: Target, reasons: dict[str, str]) -> BackendMissingError:
+    """The one line for a target that nothing on this host can run."""
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return BackendMissingError(
+        f"no runtime on this host for target '{target}' ({listed}); alignkd-doctor tells what to install"
+    )
+
+
+def open_runtime(bundle: Path, manifest: Manifest, threads: int | None = None, name: str | None = None) -> Runtime:
+    """Open ``bundle`` on the first runtime that can run here, or on the one called ``name``.
+
+    Raises:
+        UsageError: unknown runtime name.
+        BackendMissingError: none of them can run on this host.
+    """
+    reasons: dict[str, str] = {}
+    for entry in runtime_entries(manifest.target, name):
+        module = entry.load()
+        reason = module.available()
+        if reason is None:
+            return module.open_runtime(bundle, manifest, threads)
+        reasons[entry.name] = reason
+    raise no_runtime(manifest.target, reasons)
