@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,10 @@ class ExportedGraphs:
     Attributes:
         dequantized: MobileVlm state-dict name -> float32 tensor, read back from the quantized artefact, for every
             weight that quantization or rounding changed. The golden vectors are recorded with these weights, so that
-            the verifier separates an error of the graph from the error of quantization.
+            the verifier separates an error of the graph from the error of quantization. A lazy mapping may read each
+            weight from the files when asked: a full copy of a large model need not fit into memory.
     """
 
     graphs: dict[GraphName, Graph]
     quantization: dict[GraphName, GraphQuantization]
-    dequantized: dict[str, torch.Tensor]
+    dequantized: Mapping[str, torch.Tensor]

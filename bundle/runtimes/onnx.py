@@ -1,0 +1,115 @@
+"""Bundle of target onnx -> Runtime on plain onnxruntime (CPU), one KV cache buffer shared by past and present."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bundle.errors import UsageError, missing_extra
+from bundle.manifest import GraphName, Manifest
+from bundle.runtimes.contract import Floats, Ids, Runtime
+from bundle.staging import inside
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PROVIDER = "CPUExecutionProvider"
+
+
+def available() -> str | None:
+    """None when this host can run ONNX bundles, else why not."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "onnxruntime is not installed; run: pip install 'alignkd[onnx]'"
+    return None
+
+
+def open_runtime(bundle: Path, manifest: Manifest, threads: int | None) -> Runtime:
+    """Load the three graphs; ``threads`` None leaves the number to onnxruntime.
+
+    Raises:
+        UsageError: onnxruntime is missing, or refuses a file.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise missing_extra("onnxruntime", "onnx") from error
+    return OnnxRuntime(onnxruntime, bundle, manifest, threads)
+
+
+class OnnxRuntime:
+    """The Runtime of onnxruntime."""
+
+    covers = "CPU"
+
+    def __init__(self, engine: onnxruntime, bundle: Path, manifest: Manifest, threads: int | None) -> None:
+        self.name = f"onnxruntime {importlib.metadata.version('onnxruntime')}"
+        self._engine = engine
+        self._shape = manifest.model
+        options = engine.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3  # errors only; they are raised as well
+        # threads that spin while they wait take the cores from everything else: 2 to 5 times slower on a busy host
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+        def session(name: GraphName) -> onnxruntime.InferenceSession:
+            path = inside(bundle, manifest.graphs[name].path, "graph path")
+            try:
+                return engine.InferenceSession(str(path), options, providers=[PROVIDER])
+            except engine.capi.onnxruntime_pybind11_state.Fail as error:
+                raise UsageError(f"onnxruntime refuses {path}: {error}; export the bundle again") from error
+
+        self._vision = session("vision_encoder")
+        self._embedding = session("token_embedding")
+        self._decoder = session("text_decoder")
+        self._binding = self._decoder.io_binding()
+        self._bind_cache()
+        self._position = 0
+
+    def _bind_cache(self) -> None:
+        shape = self._shape
+        rows = (1, shape.num_kv_heads, shape.context_length, shape.head_dim)
+        for layer in range(shape.num_layers):
+            for part in ("key", "value"):
+                cache = self._engine.OrtValue.ortvalue_from_numpy(np.zeros(rows, np.float32))
+                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", cache)
+                self._binding.bind_ortvalue_output(f"present.{layer}.{part}", cache)  # same buffer: nothing is copied
+        self._logits = self._engine.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, shape.vocab_size), np.float32))
+        self._binding.bind_ortvalue_output("logits", self._logits)
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def encode_image(self, pixel_values: Floats) -> Floats:
+        return self._vision.run(None, {"pixel_values": pixel_values})[0]
+
+    def embed(self, input_ids: Ids) -> Floats:
+        return self._embedding.run(None, {"input_ids": input_ids})[0]
+
+    def decode(self, inputs_embeds: Floats) -> Floats:
+        end = self._position + inputs_embeds.shape[1]
+        if end > self._shape.context_length:
+            raise UsageError(
+                f"{end} tokens do not fit the context of {self._shape.context_length}; ask for fewer new tokens, or run: "
+                f"alignkd-export --context-length {end}"
+            )
+        inputs = {
+            "inputs_embeds": np.ascontiguousarray(inputs_embeds, np.float32),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(self._position, end, dtype=np.int64)[None],
+        }
+        for name, values in inputs.items():  # bound by address: ``inputs`` keeps them alive during the run
+            self._binding.bind_cpu_input(name, values)
+        self._decoder.run_with_iobinding(self._binding)
+        self._position = end
+        return self._logits.numpy()[0, 0].copy()
+
+    def reset(self) -> None:
+        self._position = 0
+
+    def close(self) -> None:
+        del self._binding, self._logits, self._decoder, self._embedding, self._vision

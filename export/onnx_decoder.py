@@ -1,0 +1,160 @@
+"""LLaMA weights -> embed_tokens and decoder_model_merged, fused for onnxruntime, under the names of the onnx-community layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from transformers import LlamaConfig
+
+from bundle.errors import UsageError
+from bundle.manifest import Graph, Tensor
+from distill.models.mobilevlm import MobileVlm
+from export.onnx_linear import FLOAT, ModelWriter
+from export.onnx_weights import block_size_of
+from export.onnx_writer import MICROSOFT
+
+LAYERS = "language_model.layers"
+
+
+def write_embedding(writer: ModelWriter, vlm: MobileVlm, path: str) -> Graph:
+    """input_ids [1, T] -> inputs_embeds [1, T, D]."""
+    hidden = vlm.config.text_config.hidden_size
+    name = "language_model.embed_tokens.weight"
+    storage = writer.storage(name)
+    writer.input("input_ids", TensorProto.INT64, [1, "sequence_length"])
+    writer.output("inputs_embeds", FLOAT, [1, "sequence_length", hidden])
+    if storage.bits in (4, 8):
+        block = block_size_of(storage.group_size, hidden)
+        data, scales = writer.blocked_matrix([name], storage.bits, block, flat=True)
+        attributes = {"bits": storage.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+        writer.op("GatherBlockQuantized", [data, "input_ids", scales], "inputs_embeds", MICROSOFT, **attributes)
+    elif storage.bits == 16:
+        rows = writer.op("Gather", [writer.half_table(name), "input_ids"], axis=0)
+        writer.op("Cast", [rows], "inputs_embeds", to=FLOAT)
+    else:
+        writer.op("Gather", [writer.vector(name), "input_ids"], "inputs_embeds", axis=0)
+    writer.save()
+    return Graph(
+        path=path,
+        inputs=(Tensor(name="input_ids", dtype="int64", shape=(1, None)),),
+        outputs=(Tensor(name="inputs_embeds", dtype="float32", shape=(1, None, hidden)),),
+    )
+
+
+def write_decoder(writer: ModelWriter, vlm: MobileVlm, context_length: int, path: str) -> Graph:
+    """inputs_embeds [1, T, D] and past keys and values -> logits of the last row [1, 1, V] and present keys and values."""
+    config = vlm.config.text_config
+    _check(config)
+    graph = _declare(writer, config, path)
+    lengths = _lengths(writer)
+    cos, sin = _rotary_tables(writer, vlm, context_length)
+    residual = "inputs_embeds"
+    norm = {"axis": -1, "epsilon": config.rms_norm_eps, "stash_type": 1}
+    normed = writer.op("SimplifiedLayerNormalization", [residual, writer.vector(f"{LAYERS}.0.input_layernorm.weight")], **norm)
+    for layer in range(config.num_hidden_layers):
+        attended = _attention(writer, config, layer, normed, [*lengths, cos, sin])
+        normed, residual = _add_and_norm(
+            writer, config, residual, attended, f"{LAYERS}.{layer}.post_attention_layernorm.weight"
+        )
+        last = layer + 1 == config.num_hidden_layers
+        following = "language_model.norm.weight" if last else f"{LAYERS}.{layer + 1}.input_layernorm.weight"
+        normed, residual = _add_and_norm(writer, config, residual, _mlp(writer, layer, normed), following)
+    bounds = [writer.constant(f"last_{name}", np.array([value])) for name, value in LAST_ROW.items()]
+    writer.linear(writer.op("Slice", [normed, *bounds]), ["lm_head.weight"], "logits")
+    writer.save()
+    return graph
+
+
+LAST_ROW = {"start": -1, "end": np.iinfo(np.int64).max, "axis": 1}
+
+
+def _check(config: LlamaConfig) -> None:
+    if config.hidden_act != "silu" or config.attention_bias or config.mlp_bias:
+        raise UsageError(
+            f"text_config has hidden_act '{config.hidden_act}', attention_bias {config.attention_bias}, mlp_bias "
+            f"{config.mlp_bias}; the ONNX decoder is written for LLaMA: 'silu', False, False"
+        )
+
+
+def _declare(writer: ModelWriter, config: LlamaConfig, path: str) -> Graph:
+    heads, width = config.num_key_value_heads, config.head_dim
+    writer.input("inputs_embeds", FLOAT, [1, "sequence_length", config.hidden_size])
+    writer.input("attention_mask", TensorProto.INT64, [1, "total_sequence_length"])
+    writer.input("position_ids", TensorProto.INT64, [1, "sequence_length"])
+    writer.output("logits", FLOAT, [1, 1, config.vocab_size])
+    pairs = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
+    for pair in pairs:
+        writer.input(f"past_key_values.{pair}", FLOAT, [1, heads, "past_sequence_length", width])
+        writer.output(f"present.{pair}", FLOAT, [1, heads, "present_sequence_length", width])
+    cache = (1, heads, None, width)
+    return Graph(
+        path=path,
+        inputs=(
+            Tensor(name="inputs_embeds", dtype="float32", shape=(1, None, config.hidden_size)),
+            Tensor(name="attention_mask", dtype="int64", shape=(1, None)),
+            Tensor(name="position_ids", dtype="int64", shape=(1, None)),
+            *(Tensor(name=f"past_key_values.{pair}", dtype="float32", shape=cache) for pair in pairs),
+        ),
+        outputs=(
+            Tensor(name="logits", dtype="float32", shape=(1, 1, config.vocab_size)),
+            *(Tensor(name=f"present.{pair}", dtype="float32", shape=cache) for pair in pairs),
+        ),
+    )
+
+
+def _lengths(writer: ModelWriter) -> list[str]:
+    """The two int32 lengths that GroupQueryAttention asks for: last valid index [1], total length []."""
+    axis = writer.constant("axis_1", np.array([1], np.int64))
+    one = writer.constant("one", np.array([1], np.int64))
+    valid = writer.op("ReduceSum", ["attention_mask", axis], keepdims=0)  # [1]
+    last_valid = writer.op("Cast", [writer.op("Sub", [valid, one])], to=TensorProto.INT32)
+    width = writer.op("Gather", [writer.op("Shape", ["attention_mask"]), writer.constant("index_1", np.array(1, np.int64))])
+    return [last_valid, writer.op("Cast", [width], to=TensorProto.INT32)]
+
+
+def _rotary_tables(writer: ModelWriter, vlm: MobileVlm, context_length: int) -> tuple[str, str]:
+    positions = torch.arange(context_length)[None]  # [1, context]
+    with torch.no_grad():
+        cos, sin = vlm.language_model.rotary_emb(torch.zeros(1), positions)  # [1, context, head_dim], both halves equal
+    half = cos.shape[-1] // 2
+    return (
+        writer.constant("rotary_cos", cos[0, :, :half].contiguous().numpy()),
+        writer.constant("rotary_sin", sin[0, :, :half].contiguous().numpy()),
+    )
+
+
+def _attention(writer: ModelWriter, config: LlamaConfig, layer: int, normed: str, tables: list[str]) -> str:
+    block = f"{LAYERS}.{layer}.self_attn"
+    qkv = writer.linear(normed, [f"{block}.{part}_proj.weight" for part in ("q", "k", "v")])  # [1, T, q + k + v]
+    attended, _, _ = writer.node(
+        "GroupQueryAttention",
+        [qkv, "", "", f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", *tables, "position_ids"],
+        [f"attention_{layer}", f"present.{layer}.key", f"present.{layer}.value"],
+        MICROSOFT,
+        num_heads=config.num_attention_heads,
+        kv_num_heads=config.num_key_value_heads,
+        do_rotary=1,
+        rotary_interleaved=0,
+        scale=config.head_dim**-0.5,
+    )
+    return writer.linear(attended, [f"{block}.o_proj.weight"])  # [1, T, D]
+
+
+def _mlp(writer: ModelWriter, layer: int, normed: str) -> str:
+    block = f"{LAYERS}.{layer}.mlp"
+    gate = writer.op("QuickGelu", [writer.linear(normed, [f"{block}.gate_proj.weight"])], None, MICROSOFT, alpha=1.0)  # SiLU
+    product = writer.op("Mul", [gate, writer.linear(normed, [f"{block}.up_proj.weight"])])  # [1, T, F]
+    return writer.linear(product, [f"{block}.down_proj.weight"])  # [1, T, D]
+
+
+def _add_and_norm(writer: ModelWriter, config: LlamaConfig, residual: str, update: str, norm: str) -> tuple[str, str]:
+    """Add ``update`` to the residual stream -> (its RMS norm, the new residual stream)."""
+    normed, _, _, total = writer.node(
+        "SkipSimplifiedLayerNormalization",
+        [residual, update, writer.vector(norm)],
+        [f"{norm}_normed", "", "", f"{norm}_residual"],
+        MICROSOFT,
+        epsilon=config.rms_norm_eps,
+    )
+    return normed, total

@@ -1,0 +1,156 @@
+"""A model's matrices at the recipe's precision -> nodes of the graph, and what the file holds afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bundle.manifest import Precision
+from export.onnx_weights import Floats, Packed, block_size_of, pack, unpack
+from export.onnx_writer import MICROSOFT, GraphWriter
+from export.recipe import Storage, storage_of
+
+ACCURACY_INT8 = 4  # MatMulNBits quantizes activations to int8 per block; its integer kernels need it
+FLOAT = 1  # onnx.TensorProto.FLOAT
+
+
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """State-dict name -> the float32 weight that the written files mean, read from them when asked for."""
+
+    def __init__(self) -> None:
+        self._readers: dict[str, Callable[[], Floats]] = {}
+
+    def remember(self, name: str, reader: Callable[[], Floats]) -> None:
+        """Register how to read one weight back."""
+        self._readers[name] = reader
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self._readers[name]())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+class ModelWriter(GraphWriter):
+    """A GraphWriter that takes the model's weights by their state-dict names and stores them by the recipe."""
+
+    def __init__(self, path: Path, weights: Mapping[str, torch.Tensor], precision: Precision, stored: StoredWeights) -> None:
+        super().__init__(path)
+        self._weights = weights
+        self._precision = precision
+        self._stored = stored
+
+    def weight(self, name: str) -> Floats:
+        """One weight of the model as float32."""
+        return self._weights[name].detach().float().numpy()
+
+    def storage(self, name: str) -> Storage:
+        """How the recipe stores a weight."""
+        return storage_of(name, tuple(self._weights[name].shape), self._precision)
+
+    def vector(self, name: str) -> str:
+        """Add a norm's or bias's weight -> its initializer."""
+        return self.constant(name, self.weight(name))
+
+    def linear(self, x: str, names: list[str], output: str | None = None, bias: str | None = None) -> str:
+        """x [.., K] times the transposed matrices of ``names``, which lie side by side in the result -> [.., sum of N].
+
+        Args:
+            names: state-dict names of matrices that share K and storage, e.g. q, k and v.
+            output: name of the result, made up when None.
+            bias: initializer to add, or None.
+        """
+        storage = self.storage(names[0])
+        assert all(self.storage(name) == storage for name in names), names
+        if storage.bits in (4, 8):
+            return self._blocked_linear(x, names, storage, output, bias)
+        matrix = self.float_tensor(names, storage, transpose=True)
+        product = self.op("MatMul", [x, matrix], output if bias is None else None)
+        return product if bias is None else self.op("Add", [product, bias], output)
+
+    def _blocked_linear(self, x: str, names: list[str], storage: Storage, output: str | None, bias: str | None) -> str:
+        columns = self._weights[names[0]].shape[1]
+        rows = sum(self._weights[name].shape[0] for name in names)
+        block = block_size_of(storage.group_size, columns)
+        data, scales = self.blocked_matrix(names, storage.bits, block)
+        inputs = [x, data, scales] + ([] if bias is None else ["", "", bias])
+        attributes = {"K": columns, "N": rows, "bits": storage.bits, "block_size": block, "accuracy_level": ACCURACY_INT8}
+        return self.op("MatMulNBits", inputs, output, MICROSOFT, **attributes)
+
+    def blocked_matrix(self, names: list[str], bits: int, block: int, flat: bool = False) -> tuple[str, str]:
+        """Quantize and add matrices, one after the other -> names of their data and scale initializers.
+
+        Args:
+            flat: data as [N, bytes] for GatherBlockQuantized, not [N, blocks, bytes] as MatMulNBits has it.
+        """
+        scales: list[Floats] = []
+        columns = self._weights[names[0]].shape[1]
+        rows = [self._weights[name].shape[0] for name in names]
+        blocks, blob = -(-columns // block), block * bits // 8
+
+        def parts() -> Iterator[np.ndarray]:
+            for name in names:
+                packed = pack(self.weight(name), bits, block)
+                scales.append(packed.scales)
+                yield packed.data
+
+        shape = [sum(rows), blocks * blob] if flat else [sum(rows), blocks, blob]
+        data_name, scale_name = f"{names[0]}_q{bits}", f"{names[0]}_scales"
+        data_at = self.stream(data_name, np.dtype(np.uint8), shape, parts())
+        scales_at = self.stream(scale_name, np.dtype(np.float32), [sum(rows), blocks], scales)
+        first = 0
+        for name, count in zip(names, rows, strict=True):
+            self._stored.remember(name, self._blocked_reader(data_at, scales_at, first, count, bits, block, columns))
+            first += count
+        return data_name, scale_name
+
+    def _blocked_reader(
+        self, data_at: int, scales_at: int, first: int, rows: int, bits: int, block: int, columns: int
+    ) -> Callable[[], Floats]:
+        blocks, blob = -(-columns // block), block * bits // 8
+        path = self.data_path
+
+        def read() -> Floats:
+            data = np.memmap(path, np.uint8, "r", data_at + first * blocks * blob, (rows, blocks, blob))
+            scales = np.memmap(path, np.float32, "r", scales_at + first * blocks * 4, (rows, blocks))
+            return unpack(Packed(data, scales, bits, block, columns))
+
+        return read
+
+    def float_tensor(self, names: list[str], storage: Storage, transpose: bool = False) -> str:
+        """Add weights as float32 or float16, side by side when there are several -> the name of their float32 value."""
+        values = np.concatenate([self.weight(name) for name in names]) if len(names) > 1 else self.weight(names[0])
+        if transpose:
+            values = np.ascontiguousarray(values.T)
+        if storage.bits == 32:
+            return self.constant(names[0], values)
+        return self.op("Cast", [self._half_tensor(names, values, transpose)], to=FLOAT)
+
+    def half_table(self, name: str) -> str:
+        """Add a table as float16 -> its initializer, for a caller that casts the rows it takes."""
+        return self._half_tensor([name], self.weight(name), transpose=False)
+
+    def _half_tensor(self, names: list[str], values: Floats, transpose: bool) -> str:
+        halves = values.astype(np.float16)
+        offset = self.stream(f"{names[0]}_half", halves.dtype, halves.shape, [halves])
+        self._remember_halves(names, offset, halves.shape, transpose)
+        return f"{names[0]}_half"
+
+    def _remember_halves(self, names: list[str], offset: int, shape: tuple[int, ...], transpose: bool) -> None:
+        path, first = self.data_path, 0
+        for name in names:
+            count = self._weights[name].shape[0]
+
+            def read(first: int = first, count: int = count) -> Floats:
+                halves = np.memmap(path, np.float16, "r", offset, shape)
+                piece = halves[:, first : first + count].T if transpose else halves[first : first + count]
+                return np.ascontiguousarray(piece).astype(np.float32)
+
+            self._stored.remember(name, read)
+            first += count

@@ -1,0 +1,88 @@
+"""Weight matrix [N, K] <-> the blocks of MatMulNBits and GatherBlockQuantized: 4 or 8 bits, symmetric, one scale a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+# Widest block for weights with one scale per channel. Measured on a [577, 1024] x [4096, 1024] product, one AVX-512 thread:
+# 8 bits in blocks of 128 take 25 ms, of 32 take 42 ms, float32 57 ms; error 9.1e-3 against 7.6e-3.
+CHANNEL_BLOCK = 128
+SMALLEST_BLOCK = 16
+# Shrinking the scale below the group's extreme clips one value and rounds the other 31 better. Normal weights at 4 bits in
+# groups of 32: relative error 8.6e-2 with the extreme alone, 7.8e-2 with the best of these.
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized matrix.
+
+    Attributes:
+        data: [N, blocks, block_size * bits / 8]; 4-bit values lie low nibble first; the zero point is half the range.
+        scales: [N, blocks].
+        columns: K; the last block may be padded beyond it.
+    """
+
+    data: Bytes
+    scales: Floats
+    bits: int
+    block_size: int
+    columns: int
+
+
+def block_size_of(group_size: int | None, columns: int) -> int:
+    """Block size for a group size; one scale per channel becomes the widest sensible power of two."""
+    if group_size is not None:
+        return group_size
+    block = SMALLEST_BLOCK
+    while block < min(columns, CHANNEL_BLOCK):
+        block *= 2
+    return block
+
+
+def pack(weight: Floats, bits: int, block_size: int) -> Packed:
+    """Quantize [N, K] to the scale of each block, among a few, that gives the least squared error."""
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    padded = np.pad(weight, ((0, 0), (0, blocks * block_size - columns)))
+    groups = padded.reshape(rows, blocks, block_size)  # [N, blocks, block]
+    half = 1 << (bits - 1)
+    scales = _best_scales(groups, half)  # [N, blocks, 1]
+    levels = (_levels(groups, scales, half) + half).astype(np.uint8)  # [N, blocks, block]
+    data = levels if bits == 8 else levels[..., 0::2] | (levels[..., 1::2] << 4)
+    return Packed(data, scales[..., 0], bits, block_size, columns)
+
+
+def unpack(packed: Packed) -> Floats:
+    """What the runtime multiplies with, [N, K]."""
+    data = packed.data if packed.bits == 8 else np.stack((packed.data & 15, packed.data >> 4), -1)
+    levels = data.reshape(*packed.scales.shape, packed.block_size).astype(np.float32) - (1 << (packed.bits - 1))
+    weight = (levels * packed.scales[..., None]).reshape(packed.scales.shape[0], -1)
+    return np.ascontiguousarray(weight[:, : packed.columns])
+
+
+def _levels(groups: Floats, scales: Floats, half: int) -> Floats:
+    quotient = np.divide(groups, scales, out=np.zeros_like(groups), where=scales != 0)
+    return np.clip(np.rint(quotient), -half, half - 1)
+
+
+def _best_scales(groups: Floats, half: int) -> Floats:
+    extreme_at = np.abs(groups).argmax(-1, keepdims=True)
+    extreme = np.take_along_axis(groups, extreme_at, -1)  # [N, blocks, 1]
+    # the extreme takes the level -half, the one more level that two's complement has on the negative side
+    widest: Floats = (extreme / np.float32(-half)).astype(np.float32)
+    if half > 8:
+        return widest  # at 8 bits clipping gains nothing
+    best, least = widest, np.full(widest.shape, np.inf, np.float32)
+    for factor in SHRINK:
+        scales = widest * np.float32(factor)
+        error = np.square(_levels(groups, scales, half) * scales - groups).sum(-1, keepdims=True)
+        best = np.where(error < least, scales, best)
+        least = np.minimum(error, least)
+    return best

@@ -1,0 +1,59 @@
+"""Target name -> the function that writes its graphs; each backend is imported only when its target is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from bundle.errors import UsageError, missing_extra
+from bundle.manifest import Target
+
+if TYPE_CHECKING:
+    from export.contract import ExportedGraphs, ExportRequest
+
+    Exporter = Callable[[ExportRequest], ExportedGraphs]
+
+
+def _onnx() -> Exporter:
+    from export.to_onnx import export_onnx
+
+    return export_onnx
+
+
+def _executorch() -> Exporter:
+    from export.to_executorch import export_executorch
+
+    return export_executorch
+
+
+def _coreml() -> Exporter:
+    from export.to_coreml import export_coreml
+
+    return export_coreml
+
+
+TARGETS: dict[Target, Callable[[], Exporter]] = {"executorch": _executorch, "coreml": _coreml, "onnx": _onnx}
+
+
+def known_target(name: str) -> Target:
+    """Check a target's name.
+
+    Raises:
+        UsageError: unknown name; the message lists the known ones.
+    """
+    for target in TARGETS:
+        if target == name:
+            return target
+    raise UsageError(f"--target '{name}' is unknown; allowed: {', '.join(TARGETS)}; run: alignkd-export --help")
+
+
+def load_exporter(target: Target) -> Exporter:
+    """Import a target's exporter.
+
+    Raises:
+        UsageError: a package of the target's extra is not installed.
+    """
+    try:
+        return TARGETS[target]()
+    except ModuleNotFoundError as error:
+        raise missing_extra((error.name or target).split(".")[0], target) from error
