@@ -51,7 +51,9 @@ def write_decoder(writer: ModelWriter, vlm: MobileVlm, context_length: int, path
     cos, sin = _rotary_tables(writer, vlm, context_length)
     residual = "inputs_embeds"
     norm = {"axis": -1, "epsilon": config.rms_norm_eps, "stash_type": 1}
-    normed = writer.op("SimplifiedLayerNormalization", [residual, writer.vector(f"{LAYERS}.0.input_layernorm.weight")], **norm)
+    normed = writer.op(
+        "SimplifiedLayerNormalization", [residual, writer.vector(f"{LAYERS}.0.input_layernorm.weight")], **norm
+    )
     for layer in range(config.num_hidden_layers):
         attended = _attention(writer, config, layer, normed, [*lengths, cos, sin])
         normed, residual = _add_and_norm(
@@ -109,7 +111,9 @@ def _lengths(writer: ModelWriter) -> list[str]:
     one = writer.constant("one", np.array([1], np.int64))
     valid = writer.op("ReduceSum", ["attention_mask", axis], keepdims=0)  # [1]
     last_valid = writer.op("Cast", [writer.op("Sub", [valid, one])], to=TensorProto.INT32)
-    width = writer.op("Gather", [writer.op("Shape", ["attention_mask"]), writer.constant("index_1", np.array(1, np.int64))])
+    width = writer.op(
+        "Gather", [writer.op("Shape", ["attention_mask"]), writer.constant("index_1", np.array(1, np.int64))]
+    )
     return [last_valid, writer.op("Cast", [width], to=TensorProto.INT32)]
 
 
@@ -143,7 +147,9 @@ def _attention(writer: ModelWriter, config: LlamaConfig, layer: int, normed: str
 
 def _mlp(writer: ModelWriter, layer: int, normed: str) -> str:
     block = f"{LAYERS}.{layer}.mlp"
-    gate = writer.op("QuickGelu", [writer.linear(normed, [f"{block}.gate_proj.weight"])], None, MICROSOFT, alpha=1.0)  # SiLU
+    gate = writer.op(
+        "QuickGelu", [writer.linear(normed, [f"{block}.gate_proj.weight"])], None, MICROSOFT, alpha=1.0
+    )  # SiLU
     product = writer.op("Mul", [gate, writer.linear(normed, [f"{block}.up_proj.weight"])])  # [1, T, F]
     return writer.linear(product, [f"{block}.down_proj.weight"])  # [1, T, D]
 

@@ -40,7 +40,9 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 class ModelWriter(GraphWriter):
     """A GraphWriter that takes the model's weights by their state-dict names and stores them by the recipe."""
 
-    def __init__(self, path: Path, weights: Mapping[str, torch.Tensor], precision: Precision, stored: StoredWeights) -> None:
+    def __init__(
+        self, path: Path, weights: Mapping[str, torch.Tensor], precision: Precision, stored: StoredWeights
+    ) -> None:
         super().__init__(path)
         self._weights = weights
         self._precision = precision
@@ -80,7 +82,13 @@ class ModelWriter(GraphWriter):
         block = block_size_of(storage.group_size, columns)
         data, scales = self.blocked_matrix(names, storage.bits, block)
         inputs = [x, data, scales] + ([] if bias is None else ["", "", bias])
-        attributes = {"K": columns, "N": rows, "bits": storage.bits, "block_size": block, "accuracy_level": ACCURACY_INT8}
+        attributes = {
+            "K": columns,
+            "N": rows,
+            "bits": storage.bits,
+            "block_size": block,
+            "accuracy_level": ACCURACY_INT8,
+        }
         return self.op("MatMulNBits", inputs, output, MICROSOFT, **attributes)
 
     def blocked_matrix(self, names: list[str], bits: int, block: int, flat: bool = False) -> tuple[str, str]:

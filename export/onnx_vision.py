@@ -24,7 +24,9 @@ def write_vision_encoder(writer: ModelWriter, vlm: MobileVlm, path: str) -> Grap
     """Write the graph of ``vlm.encode_images`` for one image."""
     config, hidden = vlm.config.vision_config, vlm.config.text_config.hidden_size
     if config.hidden_act not in ACTIVATIONS:
-        raise UsageError(f"vision hidden_act '{config.hidden_act}' is not supported on onnx; supported: {', '.join(ACTIVATIONS)}")
+        raise UsageError(
+            f"vision hidden_act '{config.hidden_act}' is not supported on onnx; supported: {', '.join(ACTIVATIONS)}"
+        )
     size, tokens = config.image_size, vlm.config.visual_tokens
     writer.input("pixel_values", FLOAT, [1, 3, size, size])
     writer.output("image_features", FLOAT, [1, tokens, hidden])
@@ -73,7 +75,9 @@ def _patches(writer: ModelWriter, config: CLIPVisionConfig) -> str:
     name = "vision_tower.embeddings.patch_embedding.weight"
     patch, width = config.patch_size, config.hidden_size
     kernel = writer.float_tensor([name], writer.storage(name))
-    plane = writer.op("Conv", ["pixel_values", kernel], kernel_shape=[patch, patch], strides=[patch, patch])  # [1, D_v, g, g]
+    plane = writer.op(
+        "Conv", ["pixel_values", kernel], kernel_shape=[patch, patch], strides=[patch, patch]
+    )  # [1, D_v, g, g]
     columns = writer.op("Reshape", [plane, writer.constant("patch_shape", np.array([1, width, -1]))])  # [1, D_v, P]
     rows = writer.op("Transpose", [columns], perm=[0, 2, 1])  # [1, P, D_v]
     class_token = writer.constant("class_token", writer.weight("vision_tower.embeddings.class_embedding")[None, None])

@@ -35,7 +35,9 @@ class Storage:
 DECODER_LINEARS = r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight"
 EMBEDDING = r"language_model\.embed_tokens\.weight"
 HEAD = r"lm_head\.weight"
-VISION_LINEARS = r"vision_tower\.encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])\.weight|projector\.linear_[12]\.weight"
+VISION_LINEARS = (
+    r"vision_tower\.encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])\.weight|projector\.linear_[12]\.weight"
+)
 CONVOLUTIONS = r"vision_tower\.embeddings\.patch_embedding\.weight|projector\.position\.weight"
 REST = QuantRule(r".*", 32)  # norms, biases, position and class embeddings: under 1 % of the bytes, and sensitive
 
@@ -49,7 +51,13 @@ RECIPES: dict[Precision, tuple[QuantRule, ...]] = {
         QuantRule(VISION_LINEARS, 8),
         REST,
     ),
-    "int8": (QuantRule(DECODER_LINEARS, 8), QuantRule(HEAD, 8), QuantRule(EMBEDDING, 8), QuantRule(VISION_LINEARS, 8), REST),
+    "int8": (
+        QuantRule(DECODER_LINEARS, 8),
+        QuantRule(HEAD, 8),
+        QuantRule(EMBEDDING, 8),
+        QuantRule(VISION_LINEARS, 8),
+        REST,
+    ),
     "fp16": (
         QuantRule(DECODER_LINEARS, 16),
         QuantRule(HEAD, 16),

@@ -1,0 +1,111 @@
+"""alignkd-export CHECKPOINT -> bundle directory, its path as the last line of stdout; progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from bundle.errors import UsageError, missing_extra, run_command
+from bundle.manifest import Precision, Target
+from export.targets import known_target
+
+if TYPE_CHECKING:
+    from bundle.manifest import Manifest
+
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export a checkpoint to one target at one precision (int4 unless another is asked for).
+
+    Writes a bundle: three graphs, manifest, tokenizer and golden vectors. The graphs must reproduce the golden vectors on
+    this host, or nothing is written. Exit code 0: done; 2: wrong input; 3: a graph is out of tolerance; 6: no runtime.
+    """
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+    """directory with config.json, *.safetensors and tokenizer.model: made by alignkd-distill, or MobileVLM V2 as published"""
+    target: Annotated[str, tyro.conf.arg(metavar="{executorch,coreml,onnx}")]
+    """which runtime the graphs are for"""
+    output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """the bundle's directory; must not exist"""
+    int4: Flag = False
+    """decoder linears int4 in groups of 32, everything else int8 (the default)"""
+    int8: Flag = False
+    """all linears int8"""
+    fp16: Flag = False
+    """weights float16"""
+    fp32: Flag = False
+    """weights float32"""
+    context_length: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """tokens that image, prompt and answer may take together; default: 1024, or the model's own limit if it is less"""
+    name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
+    json: Flag = False
+    """end with one line of JSON on stdout instead of the path"""
+
+
+def chosen_precision(config: ExportConfig) -> Precision:
+    """The one precision asked for; int4 when none is.
+
+    Raises:
+        UsageError: more than one was given.
+    """
+    flags: dict[Precision, bool] = {"int4": config.int4, "int8": config.int8, "fp16": config.fp16, "fp32": config.fp32}
+    given = [precision for precision, asked in flags.items() if asked]
+    if len(given) > 1:
+        listed = ", ".join(f"--{precision}" for precision in given)
+        raise UsageError(f"give one precision, not {len(given)} ({listed}); allowed: --int4, --int8, --fp16, --fp32")
+    return given[0] if given else "int4"
+
+
+def export(config: ExportConfig) -> int:
+    """Run one export and print where the bundle lies."""
+    target, precision = known_target(config.target), chosen_precision(config)
+    manifest = _run(config, target, precision)
+    if config.json:
+        print(json.dumps(_as_json(config, manifest)))
+    else:
+        print(config.output)
+    return 0
+
+
+def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest:
+    try:
+        from export.frame import ExportJob, export_bundle
+    except ModuleNotFoundError as error:
+        raise missing_extra((error.name or "torch").split(".")[0], target) from error
+    from rich.console import Console
+    from rich.markup import escape
+
+    console, start = Console(stderr=True), time.monotonic()
+
+    def progress(line: str) -> None:
+        console.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim]  {escape(line)}", highlight=False, soft_wrap=True)
+
+    job = ExportJob(config.checkpoint, target, precision, config.output, config.context_length, config.name)
+    return export_bundle(job, progress)
+
+
+def _as_json(config: ExportConfig, manifest: Manifest) -> dict[str, object]:
+    assert manifest.parity is not None
+    return {
+        "bundle": str(config.output),
+        "name": manifest.name,
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
+        "runtime": manifest.parity.runtime,
+        "graph_error": {stage: parity.relative_error for stage, parity in manifest.parity.graph_error.items()},
+        "quantization_error": dict(manifest.parity.quantization_error),
+    }
+
+
+def main() -> None:
+    """Entry point of alignkd-export."""
+    run_command(lambda: export(tyro.cli(ExportConfig, prog="alignkd-export")))

@@ -1,0 +1,226 @@
+"""Checkpoint directory -> bundle directory: export, record golden vectors, replay them on this host, write the manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from bundle.errors import UsageError, VerificationError
+from bundle.golden import CASES_FILE, GREEDY_TOKENS, VECTORS_FILE, read_golden, write_golden
+from bundle.manifest import (
+    Golden,
+    Manifest,
+    ModelShape,
+    Parity,
+    Precision,
+    Source,
+    Stage,
+    StageParity,
+    Target,
+    file_records,
+    write_manifest,
+)
+from bundle.runtimes.registry import open_runtime
+from bundle.staging import fresh_directory, refuse_existing, sha256_of
+from bundle.tokenizer import open_tokenizer
+from bundle.verify import replay
+from distill.models.checkpoint import load_vlm, read_json, tower_directory, weight_files
+from distill.models.mobilevlm import MobileVlm
+from distill.models.processing import Processing, read_processing
+from export.contract import ExportedGraphs, ExportRequest
+from export.golden_record import (
+    Outputs,
+    Probe,
+    golden_case,
+    golden_vectors,
+    probes,
+    run_stages,
+    stage_errors,
+)
+from export.targets import load_exporter
+from export.tolerances import TOLERANCES
+
+# KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit, and a
+# 1.7B model's float32 cache stays at 0.4 GB.
+DEFAULT_CONTEXT = 1024
+TOKENIZER_FILE = "tokenizer.model"
+PACKAGES: dict[Target, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxruntime"),
+    "executorch": ("executorch", "torchao"),
+    "coreml": ("coremltools",),
+}
+COMMON_PACKAGES = ("alignkd", "torch", "transformers", "numpy", "pillow", "sentencepiece")
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What one run of alignkd-export was asked for."""
+
+    checkpoint: Path
+    target: Target
+    precision: Precision
+    output: Path
+    context_length: int | None = None
+    name: str | None = None
+
+
+def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
+    """Export a checkpoint; the bundle appears at ``job.output`` only when its own graphs pass their golden vectors.
+
+    Raises:
+        UsageError: checkpoint, tokenizer, context length or output cannot be used, or an extra is missing.
+        VerificationError: a stage of the exported graphs is out of tolerance.
+        BackendMissingError: no runtime on this host can replay the target.
+    """
+    refuse_existing(job.output)
+    exporter = load_exporter(job.target)
+    processing = read_processing(job.checkpoint)
+    vlm = load_vlm(job.checkpoint)
+    questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
+    context_length = _context_length(job, vlm, questions)
+    progress(f"checkpoint {job.checkpoint} loaded")
+    with fresh_directory(job.output) as folder:
+        exported = exporter(
+            ExportRequest(
+                vlm=vlm,
+                precision=job.precision,
+                context_length=context_length,
+                tokenizer_path=processing.tokenizer_path,
+                eos_ids=processing.tokenizer.eos_ids,
+                bos_id=processing.tokenizer.bos_id,
+                output=folder,
+                progress=progress,
+            )
+        )
+        shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
+        quantization_error = _record(vlm, exported.dequantized, questions, folder)
+        progress(f"golden vectors of {len(questions)} questions recorded")
+        manifest = _manifest(job, vlm, processing, exported, context_length)
+        parity = _check(folder, job, manifest, quantization_error)
+        progress(f"replayed on {parity.runtime}: every stage within tolerance")
+        manifest = manifest.model_copy(update={"parity": parity, "files": file_records(folder)})
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _context_length(job: ExportJob, vlm: MobileVlm, questions: Sequence[Probe]) -> int:
+    longest = int(vlm.config.text_config.max_position_embeddings)
+    prompts = [len(p.prompt.token_ids) + (0 if p.image is None else vlm.config.visual_tokens - 1) for p in questions]
+    needed = max(prompts) + GREEDY_TOKENS
+    length = job.context_length if job.context_length is not None else max(min(DEFAULT_CONTEXT, longest), needed)
+    if not needed <= length <= longest:
+        raise UsageError(
+            f"--context-length {length} does not fit {job.checkpoint}: allowed are {needed} (the longest golden prompt and "
+            f"{GREEDY_TOKENS} answer tokens) to {longest} (the model's max_position_embeddings)"
+        )
+    return length
+
+
+@torch.no_grad()
+def _record(
+    vlm: MobileVlm, dequantized: Mapping[str, torch.Tensor], questions: Sequence[Probe], folder: Path
+) -> dict[Stage, float]:
+    """Write the golden vectors of the weights that the files hold -> the worst error of those weights against float.
+
+    ``vlm`` holds the dequantised weights afterwards: a second copy of a large model would not fit into memory.
+    """
+    in_float = [run_stages(vlm, probe) for probe in questions]
+    parameters = vlm.state_dict()
+    for name in dequantized:
+        parameters[name].copy_(dequantized[name])
+    outputs = in_float if not dequantized else [run_stages(vlm, probe) for probe in questions]
+    write_golden(
+        folder,
+        [golden_case(probe, out) for probe, out in zip(questions, outputs, strict=True)],
+        {name: v for probe, out in zip(questions, outputs, strict=True) for name, v in golden_vectors(probe, out)},
+        {probe.image_file: probe.image for probe in questions if probe.image_file and probe.image},
+    )
+    return _worst(vlm, questions, in_float)
+
+
+def _worst(vlm: MobileVlm, questions: Sequence[Probe], in_float: Sequence[Outputs]) -> dict[Stage, float]:
+    worst: dict[Stage, float] = {}
+    for probe, wanted in zip(questions, in_float, strict=True):
+        for stage, error in stage_errors(run_stages(vlm, probe, wanted.fed_ids), wanted).items():
+            worst[stage] = max(worst.get(stage, 0.0), error)
+    return worst
+
+
+def _manifest(
+    job: ExportJob, vlm: MobileVlm, processing: Processing, exported: ExportedGraphs, context_length: int
+) -> Manifest:
+    text = vlm.config.text_config
+    return Manifest(
+        name=job.name or f"{job.checkpoint.resolve().name}-{job.target}-{job.precision}",
+        target=job.target,
+        precision=job.precision,
+        source=_source(job.checkpoint),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=_environment(job.target),
+        model=ModelShape(
+            hidden_size=text.hidden_size,
+            num_layers=text.num_hidden_layers,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            vocab_size=text.vocab_size,
+            context_length=context_length,
+            visual_tokens=vlm.config.visual_tokens,
+        ),
+        graphs=exported.graphs,
+        quantization=exported.quantization,
+        image=processing.image,
+        prompt=processing.prompt,
+        tokenizer=processing.tokenizer.model_copy(update={"path": TOKENIZER_FILE}),
+        golden=Golden(vectors=VECTORS_FILE, cases=CASES_FILE, tolerances=TOLERANCES[job.target][job.precision]),
+        files={},
+    )
+
+
+def _source(checkpoint: Path) -> Source:
+    config = read_json(checkpoint / "config.json", checkpoint)
+    tower = tower_directory(checkpoint, config)
+    files = weight_files(checkpoint) + ([] if tower is None else weight_files(tower))
+    digests = [sha256_of(file) for file in files]
+    combined = digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode()).hexdigest()
+    return Source(name=checkpoint.resolve().name, architecture=config["architectures"][0], weights_sha256=combined)
+
+
+def _environment(target: Target) -> dict[str, str]:
+    found = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
+    packages = (*COMMON_PACKAGES, *PACKAGES[target])
+    versions = {name: found[name] for name in packages if name in found}
+    return {"python": platform.python_version(), "platform": platform.platform(), **versions}
+
+
+def _check(folder: Path, job: ExportJob, manifest: Manifest, quantization_error: dict[Stage, float]) -> Parity:
+    """Replay the golden vectors on the target's own runtime.
+
+    Raises:
+        VerificationError: the first stage out of tolerance.
+    """
+    runtime = open_runtime(folder, manifest)
+    try:
+        errors = replay(runtime, manifest, read_golden(folder, manifest))
+    finally:
+        runtime.close()
+    tolerances = manifest.golden.tolerances
+    for stage, error in errors.items():
+        if not error <= tolerances[stage]:  # an error that is not a number fails too
+            raise VerificationError(
+                f"the {job.target} graphs at {job.precision} do not compute what the model computes: stage '{stage}' is off by "
+                f"{error:.2e} on {runtime.name}, tolerance {tolerances[stage]:.0e}; {job.output} was not written: run "
+                "alignkd-doctor to check the installed versions"
+            )
+    graph_error = {
+        stage: StageParity(relative_error=error, tolerance=tolerances[stage]) for stage, error in errors.items()
+    }
+    return Parity(runtime=runtime.name, graph_error=graph_error, quantization_error=quantization_error)
