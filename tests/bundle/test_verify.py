@@ -1,0 +1,233 @@
+"""bundle.verify and alignkd-verify on a numpy runtime: the first bad stage, files by name, exit codes, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bundle import image, verify_cli
+from bundle.errors import BackendMissingError, UsageError, VerificationError
+from bundle.manifest import MANIFEST_FILE, STAGES, read_manifest
+from bundle.runtimes import registry
+from bundle.verify import relative_error, verify_bundle
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, str, str]:
+    """alignkd-verify, in this process -> exit code, stdout, stderr."""
+    monkeypatch.setattr("sys.argv", ["alignkd-verify", *map(str, arguments)])
+    with pytest.raises(SystemExit) as leaving:
+        verify_cli.main()
+    out, err = capsys.readouterr()
+    assert isinstance(leaving.value.code, int)
+    return leaving.value.code, out, err
+
+
+def first_bad(bundle: Path) -> str | None:
+    (verdict,) = verify_bundle(bundle)
+    return verdict.first_bad.stage if verdict.first_bad else None
+
+
+def test_a_whole_bundle_passes_every_stage(numpy_bundle: Path, numpy_module: Any) -> None:
+    (verdict,) = verify_bundle(numpy_bundle)
+    assert [result.stage for result in verdict.stages] == list(STAGES)
+    assert verdict.first_bad is None and all(result.error < 1e-6 for result in verdict.stages)
+    assert (verdict.runtime, verdict.covers) == ("numpy", "the test's own arithmetic")
+    assert numpy_module.runtime.closed
+
+
+@pytest.mark.parametrize(
+    ("graph", "stage"),
+    [
+        ("encode_image", "visual_tokens"),
+        ("embed", "embeddings"),
+        ("prefill", "first_logits"),
+        ("decode", "greedy_tokens"),
+    ],
+)
+@pytest.mark.parametrize("size", [1e-3, float("nan")])
+def test_a_fault_is_named_by_the_stage_it_arises_in(
+    numpy_bundle: Path, numpy_module: Any, graph: str, stage: str, size: float
+) -> None:
+    numpy_module.runtime.faults[graph] = lambda output: output + np.float32(size) * np.roll(output, 1, -1)
+    assert first_bad(numpy_bundle) == stage
+
+
+def test_an_output_of_another_shape_is_out_of_tolerance(numpy_bundle: Path, numpy_module: Any) -> None:
+    numpy_module.runtime.faults["encode_image"] = lambda output: output[:, 1:]
+    assert first_bad(numpy_bundle) == "visual_tokens"
+
+
+def test_a_sure_token_that_changes_is_an_error_even_within_the_norm(
+    numpy_bundle: Path, numpy_module: Any, rehash: Callable[..., None]
+) -> None:
+    def swap_the_top_two(logits: np.ndarray) -> np.ndarray:
+        second, first = np.argsort(logits)[-2:]
+        swapped = logits.copy()
+        swapped[[first, second]] = logits[[second, first]]
+        return swapped
+
+    numpy_module.runtime.faults["decode"] = swap_the_top_two
+    golden = read_manifest(numpy_bundle).golden
+    for tolerance, stage in ((0.5, None), (0.04, "greedy_tokens")):  # at 0.5 no token of this model is sure
+        rehash(
+            numpy_bundle,
+            golden=golden.model_copy(update={"tolerances": golden.tolerances | {"greedy_tokens": tolerance}}),
+        )
+        assert first_bad(numpy_bundle) == stage
+
+
+def test_bilinear_instead_of_bicubic_is_stage_pixels(numpy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(image.FILTERS, "bicubic", Image.Resampling.BILINEAR)
+    assert first_bad(numpy_bundle) == "pixels"
+
+
+@pytest.mark.parametrize("change", [{"strategy": "stretch"}, {"pad_rgb": (0, 0, 0)}, {"std": (0.25, 0.25, 0.2501)}])
+def test_another_preprocessing_in_the_manifest_is_stage_pixels(
+    numpy_bundle: Path, rehash: Callable[..., None], change: dict
+) -> None:
+    rehash(numpy_bundle, image=read_manifest(numpy_bundle).image.model_copy(update=change))
+    assert first_bad(numpy_bundle) == "pixels"
+
+
+@pytest.mark.parametrize("change", [{"suffix": " ASSISTANT: "}, {"prefix": "USER: "}, {"after_image": ""}])
+def test_another_prompt_in_the_manifest_is_stage_prompt(
+    numpy_bundle: Path, rehash: Callable[..., None], change: dict
+) -> None:
+    rehash(numpy_bundle, prompt=read_manifest(numpy_bundle).prompt.model_copy(update=change))
+    assert first_bad(numpy_bundle) == "prompt"
+
+
+def test_relative_error() -> None:
+    wanted = np.array([3.0, 4.0], dtype=np.float32)
+    assert relative_error(wanted, wanted) == 0
+    assert relative_error(np.array([[3.0], [4.5]], dtype=np.float32), wanted) == pytest.approx(0.1)
+    assert relative_error(np.array([3.0, np.inf], dtype=np.float32), wanted) == float("inf")
+    assert relative_error(wanted[:1], wanted) == float("inf")
+    assert relative_error(np.zeros(2, dtype=np.float32), np.zeros(2, dtype=np.float32)) == 0
+
+
+def test_the_command_prints_the_ladder_and_exits_0(numpy_bundle: Path, capsys: Any, monkeypatch: Any) -> None:
+    code, out, err = run(capsys, monkeypatch, numpy_bundle, "--json")
+    assert (code, err) == (0, "")
+    assert all(stage in out for stage in STAGES)
+    assert "every stage is within tolerance; covers: the test's own arithmetic" in out
+    last = json.loads(out.splitlines()[-1])
+    assert last["ok"] is True and last["verdicts"][0]["first_bad_stage"] is None
+    assert [row["stage"] for row in last["verdicts"][0]["stages"]] == list(STAGES)
+
+
+def test_the_command_names_the_stage_and_exits_3(
+    numpy_bundle: Path, numpy_module: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    numpy_module.runtime.faults["decode"] = lambda output: output * np.float32("nan")
+    code, out, err = run(capsys, monkeypatch, numpy_bundle, "--json")
+    assert code == 3
+    assert "the first stage out of tolerance is 'greedy_tokens'" in out
+    assert "first out of tolerance is stage 'greedy_tokens' on numpy" in err and err.count("\n") == 1
+    verdict = json.loads(out.splitlines()[-1])["verdicts"][0]
+    assert verdict["first_bad_stage"] == "greedy_tokens"
+    assert verdict["stages"][-1] == {"stage": "greedy_tokens", "error": None, "tolerance": 1e-5, "ok": False}
+
+
+def truncate(bundle: Path) -> None:
+    (bundle / "text_decoder.bin").write_bytes((bundle / "text_decoder.bin").read_bytes()[:-1])
+
+
+def flip_a_bit(bundle: Path) -> None:
+    content = bytearray((bundle / "text_decoder.bin").read_bytes())
+    content[3] ^= 1
+    (bundle / "text_decoder.bin").write_bytes(content)
+
+
+def remove(bundle: Path) -> None:
+    (bundle / "text_decoder.bin").unlink()
+
+
+def replace_by_a_link(bundle: Path) -> None:
+    (bundle / "text_decoder.bin").rename(bundle.parent / "outside.bin")
+    (bundle / "text_decoder.bin").symlink_to(bundle.parent / "outside.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "message"),
+    [
+        (truncate, 3, "has 143 bytes, the manifest says 144"),
+        (flip_a_bit, 3, "was changed"),
+        (remove, 3, "is missing"),
+        (replace_by_a_link, 2, "leaves its folder"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    numpy_bundle: Path, capsys: Any, monkeypatch: Any, damage: Callable[[Path], None], code: int, message: str
+) -> None:
+    damage(numpy_bundle)
+    found, out, err = run(capsys, monkeypatch, numpy_bundle, "--json")
+    assert found == code and "text_decoder.bin" in err and message in err and err.count("\n") == 1
+    if code == 3:
+        assert json.loads(out)["ok"] is False and "text_decoder.bin" in json.loads(out)["problem"]
+
+
+def test_an_added_file_is_named(numpy_bundle: Path) -> None:
+    (numpy_bundle / "golden/extra.txt").write_text("hello")
+    with pytest.raises(VerificationError, match="file 'golden/extra.txt' is not listed"):
+        verify_bundle(numpy_bundle)
+
+
+def test_a_changed_manifest(numpy_bundle: Path, capsys: Any, monkeypatch: Any) -> None:
+    path = numpy_bundle / MANIFEST_FILE
+    whole = path.read_text()
+    manifest = json.loads(whole)
+
+    def verify_with(text: str) -> tuple[int, str]:
+        path.write_text(text)
+        code, _, err = run(capsys, monkeypatch, numpy_bundle)
+        assert err.count("\n") == 1
+        return code, err
+
+    digest = manifest["files"]["tokenizer.model"]["sha256"]
+    other = ("0" if digest[0] != "0" else "1") + digest[1:]
+    code, err = verify_with(whole.replace(digest, other))
+    assert code == 3 and "file 'tokenizer.model' was changed" in err
+    code, err = verify_with(whole.replace("{", "[", 1))
+    assert code == 2 and "manifest.json is not JSON" in err
+    code, err = verify_with(json.dumps({**manifest, "manifest_version": 2}))
+    assert code == 2 and "manifest_version 2" in err and "pip install --upgrade alignkd" in err
+    code, err = verify_with(
+        json.dumps({**manifest, "files": {"../../etc/passwd": manifest["files"]["tokenizer.model"]}})
+    )
+    assert code == 2 and "'../../etc/passwd' leaves its folder" in err
+    code, err = verify_with(json.dumps({**manifest, "surprise": 1}))
+    assert code == 2 and "field 'surprise'" in err
+    golden = {**manifest["golden"], "tolerances": {"prompt": 0}}
+    code, err = verify_with(json.dumps({**manifest, "golden": golden}))
+    assert code == 2 and "no tolerance for stage 'pixels'" in err
+
+
+def test_no_runtime_here_is_exit_6(numpy_bundle: Path, numpy_module: Any, capsys: Any, monkeypatch: Any) -> None:
+    numpy_module.reason = "runs on macOS only"
+    code, out, err = run(capsys, monkeypatch, numpy_bundle)
+    assert code == 6 and out == ""
+    assert "no runtime on this host for target 'onnx' (numpy: runs on macOS only)" in err
+
+
+def test_a_runtime_that_is_not_here_is_listed_with_its_reason(
+    numpy_bundle: Path, numpy_module: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    absent = type(numpy_module)(numpy_module.runtime, "runs on macOS only")
+    here, there = registry.RUNTIMES["onnx"][0], registry.RuntimeEntry("absent", lambda: absent)
+    monkeypatch.setitem(registry.RUNTIMES, "onnx", (there, here))
+    code, out, _ = run(capsys, monkeypatch, numpy_bundle, "--json")
+    assert code == 0 and "absent: not run here (runs on macOS only)" in out
+    assert json.loads(out.splitlines()[-1])["skipped"] == [{"runtime": "absent", "reason": "runs on macOS only"}]
+    with pytest.raises(BackendMissingError, match="absent: runs on macOS only"):
+        verify_bundle(numpy_bundle, runtimes=("absent",))
+    with pytest.raises(UsageError, match="runtime 'tpu' does not run bundles for 'onnx'; allowed: absent, numpy"):
+        verify_bundle(numpy_bundle, runtimes=("tpu",))
