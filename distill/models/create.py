@@ -1,4 +1,4 @@
-"""A MobileVlm + sizes -> a fresh MobileVlm with the same vision tower and a randomly initialised projector and decoder."""
+"""A MobileVlm + sizes -> a fresh MobileVlm with the same vision tower, its projector and decoder random."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ def create_student(
         vocab_size=theirs.vocab_size,
         max_position_embeddings=theirs.max_position_embeddings,
         rms_norm_eps=theirs.rms_norm_eps,
-        rope_parameters=dict(theirs.rope_parameters),
+        rope_parameters=theirs.rope_parameters,
         bos_token_id=theirs.bos_token_id,
         eos_token_id=theirs.eos_token_id,
         pad_token_id=theirs.pad_token_id,
         tie_word_embeddings=False,
     )
-    student = create_vlm(text, teacher.vision_tower, teacher.config, seed)
-    return student
+    return create_vlm(text, teacher.vision_tower, teacher.config, seed)
 
 
 def create_vlm(text: LlamaConfig, tower: CLIPVisionModel, like: MobileVlmConfig, seed: int = 0) -> MobileVlm:

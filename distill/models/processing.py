@@ -1,4 +1,4 @@
-"""Checkpoint directory -> Processing: how its model wants images, prompts and tokens; vocabularies are compared here."""
+"""Checkpoint directory -> Processing: how its model wants images, prompts and tokens; checks vocabularies."""
 
 from __future__ import annotations
 

@@ -101,7 +101,8 @@ def _plain_card(vlm: MobileVlm) -> str:
     text = vlm.config.text_config
     return (
         "---\nlibrary_name: alignkd\npipeline_tag: image-text-to-text\n---\n\n"
-        f"MobileVLM V2: {text.num_hidden_layers} layers, width {text.hidden_size}, {vlm.config.visual_tokens} visual tokens.\n"
+        f"MobileVLM V2: {text.num_hidden_layers} layers, width {text.hidden_size}, "
+        f"{vlm.config.visual_tokens} visual tokens.\n"
         "Open it with `from distill.models import load_vlm; vlm = load_vlm(path)`.\n"
     )
 

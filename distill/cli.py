@@ -1,0 +1,82 @@
+"""alignkd-distill: checkpoints + LLaVA data -> trained student; ``alignkd-distill init`` makes a fresh student."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bundle.errors import missing_extra, run_command
+from distill.config import DistillConfig, InitConfig
+
+DESCRIPTION = (
+    "Distil a vision-language model with Align-KD (or train it plainly with --losses ce). "
+    "A fresh student with its teacher's tower: alignkd-distill init --help"
+)
+
+
+def distill(
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")], json: tyro.conf.FlagCreatePairsOff[bool] = False
+) -> Path:
+    """Train and print the new checkpoint's path.
+
+    Args:
+        json: end with one line of JSON.
+    """
+    _need_torch()
+    from distill.trainer import train
+
+    output = train(config)
+    log = jsonlib.loads((output / "training_log.json").read_text(encoding="utf-8"))["facts"]
+    print(
+        f"{output}: {log['steps']} steps, " + ", ".join(f"{name} {value:.4g}" for name, value in log["terms"].items())
+    )
+    if json:
+        print(jsonlib.dumps({"checkpoint": str(output), **log}))
+    return output
+
+
+def init(config: Annotated[InitConfig, tyro.conf.arg(name="")]) -> Path:
+    """Write a fresh student that shares the teacher's vision tower and vocabulary."""
+    _need_torch()
+    from bundle.staging import fresh_directory
+    from distill.models import load_vlm
+    from distill.models.create import create_student
+    from distill.models.processing import read_processing
+    from distill.models.save import save_checkpoint
+
+    teacher, processing = load_vlm(config.teacher), read_processing(config.teacher)
+    student = create_student(
+        teacher, config.hidden_size, config.layers, config.heads, config.intermediate_size, config.seed
+    )
+    with fresh_directory(config.output) as folder:
+        save_checkpoint(student, folder, processing)
+    print(f"{config.output}: {sum(p.numel() for p in student.parameters()):,} parameters")
+    return config.output
+
+
+def _need_torch() -> None:
+    for package in ("torch", "transformers", "accelerate"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise missing_extra(package, "distill") from error
+
+
+def _command() -> None:
+    if sys.argv[1:2] == ["init"]:
+        tyro.cli(init, args=sys.argv[2:], prog="alignkd-distill init")
+    else:
+        tyro.cli(distill, prog="alignkd-distill", description=DESCRIPTION)
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""DistillConfig -> trained Hugging Face checkpoint directory, by transformers.Trainer; interrupted runs can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from bundle.errors import UsageError
+from bundle.staging import refuse_existing, sha256_of, write_text_whole
+from bundle.tokenizer import open_tokenizer
+from distill.align_kd import AlignKD
+from distill.config import DistillConfig
+from distill.data import Collator, ImageStore, LengthGroupedOrder, LlavaDataset
+from distill.features import known_features
+from distill.model_card import RunFacts, render_card
+from distill.models import load_vlm
+from distill.models.mobilevlm import MobileVlm
+from distill.models.processing import Processing, read_processing
+from distill.models.save import save_checkpoint
+from distill.progress import ProgressLine
+from distill.rows import read_rows
+
+SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
+SETTINGS_FILE = "settings.json"  # of an unfinished run, so that it is resumed only as it began
+NOT_COMPARED = ("resume", "output", "log_steps", "save_steps", "cache_mb", "workers", "report")
+
+
+def train(config: DistillConfig, console: Console | None = None) -> Path:
+    """Run the training that ``config`` describes and return the new checkpoint directory.
+
+    Raises:
+        UsageError: a checkpoint, the data or the output directory is not usable; nothing is written then.
+    """
+    console = console or Console(stderr=True)
+    if config.resume and config.output.exists():
+        console.print(f"{config.output} is finished already")
+        return config.output
+    _check_output(config)
+    student, processing = load_vlm(config.student), read_processing(config.student)
+    teacher = _open_teacher(config, student, processing, console)
+    rows = read_rows(config.data, config.image_folder)
+    console.print(f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image")
+    tokenizer = open_tokenizer(processing.tokenizer, config.student)
+    context = student.config.text_config.max_position_embeddings
+    dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
+    module = AlignKD(
+        student, teacher, config.term_weights, config.temperature, config.top_k, config.freeze_tower, config.seed
+    )
+    images = ImageStore(processing.image, config.cache_mb << 20)
+    collator = Collator(
+        processing.tokenizer.pad_id, images, known_features(module, rows, images, config.cache_mb << 20)
+    )
+    trainer = DistillTrainer(module, config, dataset, collator, console)
+    begun = time.monotonic()
+    _run(trainer, config)
+    _finish(trainer, config, processing, len(rows), time.monotonic() - begun)
+    return config.output
+
+
+class DistillTrainer(Trainer):
+    """transformers.Trainer over AlignKD: its terms, their gradient norms, its parameter groups and its batch order."""
+
+    def __init__(
+        self, module: AlignKD, config: DistillConfig, dataset: LlavaDataset, collator: Collator, console: Console
+    ) -> None:
+        self._config, self._dataset = config, dataset
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counted = 0
+        self._gradient_norms: dict[str, float] = {}
+        super().__init__(
+            model=module,
+            args=_arguments(config),
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[ProgressLine(console)],
+        )
+        self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        if config.report == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.add_callback(TensorBoardCallback(SummaryWriter(str(config.work / "tensorboard"))))
+        if module.teacher is not None:
+            module.teacher.to(self.args.device)
+
+    @property
+    def align(self) -> AlignKD:
+        """The module without what accelerate wraps around it."""
+        module = self.accelerator.unwrap_model(self.model)
+        assert isinstance(module, AlignKD)
+        return module
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over three groups (decoder, projector, adapters), each with its own learning rate."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.align, self._config), fused=True)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Weighted sum of the terms; every ``grad_norm_steps`` each term's own gradient norm as well."""
+        terms = model(**inputs)
+        every = self._config.grad_norm_steps
+        if every and self.state.global_step % every == 0:
+            self._gradient_norms = gradient_norms(self.align, terms)
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)).add(value.detach())
+        self._counted += 1
+        loss = self.align.total(terms)
+        return (loss, terms) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each term's mean since the last entry, and gradient norms measured since then."""
+        if "loss" in logs:
+            logs |= {f"term/{name}": (total / self._counted).item() for name, total in self._sums.items()}
+            logs |= {f"gradient_norm/{name}": norm for name, norm in self._gradient_norms.items()}
+            self._sums, self._counted, self._gradient_norms = {}, 0, {}
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+        return LengthGroupedOrder(self._dataset.text_lengths(), self.args.train_batch_size, self._config.seed)
+
+
+def parameter_groups(module: AlignKD, config: DistillConfig) -> list[dict[str, Any]]:
+    """Every trainable parameter in exactly one group."""
+    rates = {
+        "decoder": config.learning_rate,
+        "projector": config.projector_learning_rate or config.learning_rate,
+        "adapters": config.adapter_learning_rate,
+    }
+    groups: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            owner = "projector" if name.startswith("student.projector.") else "decoder"
+            groups[owner if name.startswith("student.") else "adapters"].append(parameter)
+    return [
+        {"name": name, "params": groups[name], "lr": rate, "weight_decay": config.weight_decay}
+        for name, rate in rates.items()
+        if groups[name]
+    ]
+
+
+def gradient_norms(module: AlignKD, terms: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Norm of each weighted term's own gradient into the student; an inert term shows as 0."""
+    parameters = [parameter for parameter in module.student.parameters() if parameter.requires_grad]
+    norms = {}
+    for name, value in terms.items():
+        weighted = module.weights[name] * value
+        found = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
+        squares = [gradient.detach().float().square().sum() for gradient in found if gradient is not None]
+        norms[name] = torch.stack(squares).sum().sqrt().item() if squares else 0.0
+    return norms
+
+
+def _arguments(config: DistillConfig) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(config.work),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=SCHEDULES[config.schedule],
+        warmup_steps=config.warmup,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        logging_steps=config.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a broken run must show, not be averaged away
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=True,  # a batch without images leaves projector and adapters without a gradient
+    )
+
+
+def _check_output(config: DistillConfig) -> None:
+    refuse_existing(config.output)
+    if config.resume and get_last_checkpoint_or_none(config.work) is None:
+        raise UsageError(f"nothing to resume: {config.work} holds no checkpoint; run the same command without --resume")
+    if config.work.exists() and not config.resume:
+        raise UsageError(f"an unfinished run lies in {config.work}; add --resume to continue it, or remove it")
+    if config.resume:
+        before = json.loads((config.work / SETTINGS_FILE).read_text(encoding="utf-8"))
+        changed = [
+            f"{name} was {before.get(name)}, is {now}"
+            for name, now in _settings(config).items()
+            if before.get(name) != now
+        ]
+        if changed:
+            raise UsageError(f"--resume needs the settings that {config.work} began with: {'; '.join(changed)}")
+
+
+def get_last_checkpoint_or_none(work: Path) -> str | None:
+    """The newest resumable checkpoint of an unfinished run."""
+    return get_last_checkpoint(str(work)) if work.is_dir() else None
+
+
+def _settings(config: DistillConfig) -> dict[str, Any]:
+    plain = json.loads(json.dumps(asdict(config), default=str))
+    return {name: value for name, value in plain.items() if name not in NOT_COMPARED}
+
+
+def _open_teacher(
+    config: DistillConfig, student: MobileVlm, processing: Processing, console: Console
+) -> MobileVlm | None:
+    if not config.needs_teacher or config.teacher is None:
+        return None
+    teacher, theirs = load_vlm(config.teacher), read_processing(config.teacher)
+    sizes = (student.config.text_config.vocab_size, teacher.config.text_config.vocab_size)
+    if sizes[0] != sizes[1] or sha256_of(processing.tokenizer_path) != sha256_of(theirs.tokenizer_path):
+        raise UsageError(
+            f"student {config.student} and teacher {config.teacher} have different vocabularies ({sizes[0]} and {sizes[1]} "
+            "tokens, tokenizer.model differs); distillation needs one vocabulary: choose another student, or --losses ce"
+        )
+    if processing.image != theirs.image or student.config.visual_tokens != teacher.config.visual_tokens:
+        raise UsageError(
+            f"student {config.student} and teacher {config.teacher} see images differently "
+            f"({processing.image.size} px {processing.image.strategy}, {student.config.visual_tokens} visual tokens; "
+            f"{theirs.image.size} px {theirs.image.strategy}, {teacher.config.visual_tokens}); choose a pair that agrees"
+        )
+    console.print(f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen")
+    return teacher
+
+
+def _run(trainer: DistillTrainer, config: DistillConfig) -> None:
+    config.work.mkdir(parents=True, exist_ok=True)
+    write_text_whole(config.work / SETTINGS_FILE, json.dumps(_settings(config), indent=1) + "\n")
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint_or_none(config.work))
+    except BaseException:
+        if get_last_checkpoint_or_none(config.work) is None:
+            shutil.rmtree(config.work)  # nothing in it could be resumed
+        raise
+
+
+def _finish(trainer: DistillTrainer, config: DistillConfig, processing: Processing, rows: int, seconds: float) -> None:
+    """Build the checkpoint inside the work folder, rename it to the output, and drop the rest."""
+    module, history = trainer.align, trainer.state.log_history
+    facts = RunFacts(
+        steps=trainer.state.global_step,
+        rows=rows,
+        data_sha256=sha256_of(config.data),
+        seconds=seconds,
+        parameters=sum(p.numel() for p in module.student.parameters()),
+        trainable=sum(p.numel() for p in module.student.parameters() if p.requires_grad),
+        terms=_last(history, "term/"),
+        gradient_norms=_last(history, "gradient_norm/"),
+    )
+    final = config.work / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    save_checkpoint(module.student, final, processing, render_card(config, facts))
+    if adapters := module.adapter_state():
+        save_file({name: value.contiguous() for name, value in adapters.items()}, final / "adapters.safetensors")
+    log = {"settings": _settings(config), "facts": asdict(facts), "log": history}
+    write_text_whole(final / "training_log.json", json.dumps(log, indent=1) + "\n")
+    if (events := config.work / "tensorboard").is_dir():
+        shutil.move(events, final / "tensorboard")
+    refuse_existing(config.output)
+    os.rename(final, config.output)
+    shutil.rmtree(config.work)
+
+
+def _last(history: list[dict[str, float]], prefix: str) -> dict[str, float]:
+    found = [entry for entry in history if any(key.startswith(prefix) for key in entry)]
+    return (
+        {key.removeprefix(prefix): value for key, value in found[-1].items() if key.startswith(prefix)} if found else {}
+    )
