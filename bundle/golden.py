@@ -88,6 +88,7 @@ def write_golden(
     (folder / VECTORS_FILE).parent.mkdir(parents=True, exist_ok=True)
     wanted = [f"{case.name}.{vector}" for case in cases for vector in case.vectors]
     save_file({name: np.ascontiguousarray(vectors[name], dtype=np.float32) for name in wanted}, folder / VECTORS_FILE)
+    (folder / VECTORS_FILE).chmod(0o644)  # safetensors makes it 0600, which a phone's app could not read after a push
     rows = [case.model_dump(mode="json") for case in cases]
     write_text_whole(folder / CASES_FILE, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 

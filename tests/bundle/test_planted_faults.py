@@ -1,0 +1,176 @@
+"""Faults planted into a bundle that alignkd-export wrote: alignkd-verify names stage or file and exits with 3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bundle import image, verify_cli
+from bundle.manifest import GraphName, file_records, read_manifest, write_manifest
+
+pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+
+REFERENCE = Path(__file__).parents[1] / "golden/reference"
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference student as an ONNX bundle in float32, where nothing hides behind a wide tolerance."""
+    from export.frame import ExportJob, export_bundle
+
+    output = tmp_path_factory.mktemp("exported") / "student-fp32"
+    export_bundle(ExportJob(REFERENCE / "student", "onnx", "fp32", output), lambda line: None)
+    return output
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    """A copy to be spoilt."""
+    return Path(shutil.copytree(exported, tmp_path / "spoilt"))
+
+
+@pytest.fixture
+def verify(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path], tuple[int, str, Any]]:
+    """alignkd-verify --json in this process -> exit code, stderr, the JSON of the last line."""
+
+    def command(folder: Path) -> tuple[int, str, Any]:
+        monkeypatch.setattr("sys.argv", ["alignkd-verify", str(folder), "--json"])
+        with pytest.raises(SystemExit) as leaving:
+            verify_cli.main()
+        out, err = capsys.readouterr()
+        return int(str(leaving.value.code)), err, json.loads(out.splitlines()[-1])
+
+    return command
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Make the manifest consistent with the files again: what a careless exporter would ship."""
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest.model_copy(update={"files": file_records(folder), **changes}))
+
+
+def graph_file(folder: Path, graph: GraphName) -> Path:
+    return folder / read_manifest(folder).graphs[graph].path
+
+
+def alter_one_weight(folder: Path, graph: GraphName, element: int) -> Path:
+    """Add 1 to one element of the graph's largest tensor, in its external data file -> that file."""
+    import onnx
+
+    path = graph_file(folder, graph)
+    model = onnx.load(str(path), load_external_data=False)
+    largest = max(model.graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)))
+    place = {entry.key: entry.value for entry in largest.external_data}
+    data = path.parent / place["location"]
+    values = np.memmap(data, np.float32, "r+", offset=int(place["offset"]), shape=(int(np.prod(largest.dims)),))
+    values[element] += 1.0
+    values.flush()
+    return data
+
+
+def swap_key_and_value_caches(folder: Path) -> None:
+    """Feed each layer's past keys where its past values belong, and the other way round."""
+    import onnx
+
+    path = graph_file(folder, "text_decoder")
+    model = onnx.load(str(path), load_external_data=False)
+    other = {".key": ".value", ".value": ".key"}
+    swapped = 0
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            stem, dot, kind = name.rpartition(".")
+            if stem.startswith("past_key_values"):
+                node.input[index] = stem + other[dot + kind]
+                swapped += 1
+    assert swapped >= 2, "the decoder's past inputs are named otherwise"
+    path.write_bytes(model.SerializeToString())
+
+
+def test_the_bundle_is_whole_before(exported: Path, verify: Callable) -> None:
+    code, err, result = verify(exported)
+    assert (code, err) == (0, "")
+    assert all(stage["error"] < 1e-4 for stage in result["verdicts"][0]["stages"])
+
+
+def test_bilinear_resize_is_stage_pixels(bundle: Path, verify: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(image.FILTERS, "bicubic", Image.Resampling.BILINEAR)
+    code, err, result = verify(bundle)
+    assert code == 3 and "stage 'pixels'" in err
+    stages = {row["stage"]: row["ok"] for row in result["verdicts"][0]["stages"]}
+    assert [stage for stage, ok in stages.items() if not ok] == ["pixels"], "later stages are fed the recorded pixels"
+
+
+@pytest.mark.parametrize("change", [{"suffix": " ASSISTANT: "}, {"after_image": "\n "}, {"suffix": "ASSISTANT:"}])
+def test_a_wrong_space_in_the_prompt_is_stage_prompt(bundle: Path, verify: Callable, change: dict[str, str]) -> None:
+    rewrite(bundle, prompt=read_manifest(bundle).prompt.model_copy(update=change))
+    code, err, result = verify(bundle)
+    assert code == 3 and "stage 'prompt'" in err
+    assert result["verdicts"][0]["first_bad_stage"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("graph", "stage", "element"),
+    [
+        ("vision_encoder", "visual_tokens", 1000),
+        ("token_embedding", "embeddings", 64),  # first value of BOS, which every prompt holds
+        ("text_decoder", "first_logits", 1000),
+    ],
+)
+def test_one_altered_weight_is_the_stage_of_its_graph(
+    bundle: Path, verify: Callable, graph: GraphName, stage: str, element: int
+) -> None:
+    data = alter_one_weight(bundle, graph, element)
+    code, err, _ = verify(bundle)
+    assert code == 3 and f"file '{data.relative_to(bundle).as_posix()}' was changed" in err
+    rewrite(bundle)
+    code, err, result = verify(bundle)
+    assert code == 3 and f"stage '{stage}'" in err
+    assert result["verdicts"][0]["first_bad_stage"] == stage
+
+
+def test_swapped_key_and_value_caches_are_stage_greedy_tokens(bundle: Path, verify: Callable) -> None:
+    swap_key_and_value_caches(bundle)
+    rewrite(bundle)
+    code, err, result = verify(bundle)
+    assert code == 3 and "stage 'greedy_tokens'" in err
+    assert result["verdicts"][0]["first_bad_stage"] == "greedy_tokens", "a prefill starts from empty caches"
+
+
+def test_another_tokenizer_is_stage_prompt(bundle: Path, verify: Callable) -> None:
+    content = (bundle / "tokenizer.model").read_bytes()
+    spoilt = content.replace("▁colour".encode(), "▁colouR".encode())
+    assert spoilt != content
+    (bundle / "tokenizer.model").write_bytes(spoilt)
+    rewrite(bundle)
+    code, _, result = verify(bundle)
+    assert code == 3 and result["verdicts"][0]["first_bad_stage"] == "prompt"
+
+
+def test_every_truncated_file_is_named(bundle: Path, verify: Callable) -> None:
+    for name in read_manifest(bundle).files:
+        content = (bundle / name).read_bytes()
+        (bundle / name).write_bytes(content[: len(content) // 2])
+        code, err, result = verify(bundle)
+        assert code == 3 and f"file '{name}' has {len(content) // 2} bytes" in err and not result["ok"]
+        (bundle / name).write_bytes(content)
+
+
+def test_a_graph_truncated_with_its_hash_is_one_line(bundle: Path) -> None:
+    path = graph_file(bundle, "text_decoder")
+    path.write_bytes(path.read_bytes()[:-500])
+    rewrite(bundle)
+    command = [sys.executable, "-m", "bundle.verify_cli", str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert done.returncode in (2, 3) and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert path.name in done.stderr
