@@ -24,12 +24,13 @@ Flag = tyro.conf.FlagCreatePairsOff[bool]
 class ExportConfig:
     """Export a checkpoint to one target at one precision (int4 unless another is asked for).
 
-    Writes a bundle: three graphs, manifest, tokenizer and golden vectors. The graphs must reproduce the golden vectors on
-    this host, or nothing is written. Exit code 0: done; 2: wrong input; 3: a graph is out of tolerance; 6: no runtime.
+    Writes a bundle: three graphs, manifest, tokenizer and golden vectors. The graphs must reproduce the golden vectors
+    on this host, or nothing is written. Exit code 0: done; 2: wrong input; 3: a graph is out of tolerance; 6: nothing
+    on this host runs the target.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """directory with config.json, *.safetensors and tokenizer.model: made by alignkd-distill, or MobileVLM V2 as published"""
+    """directory with config.json, *.safetensors and tokenizer.model, by alignkd-distill or MobileVLM V2 as published"""
     target: Annotated[str, tyro.conf.arg(metavar="{executorch,coreml,onnx}")]
     """which runtime the graphs are for"""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]

@@ -1,4 +1,4 @@
-"""Checkpoint directory -> bundle directory: export, record golden vectors, replay them on this host, write the manifest."""
+"""Checkpoint directory -> bundle directory: export, record golden vectors, replay them here, write the manifest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from bundle.golden import CASES_FILE, GREEDY_TOKENS, VECTORS_FILE, read_golden, 
 from bundle.manifest import (
     Golden,
     Manifest,
-    ModelShape,
     Parity,
     Precision,
     Source,
@@ -36,20 +35,14 @@ from distill.models.checkpoint import load_vlm, read_json, tower_directory, weig
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from export.contract import ExportedGraphs, ExportRequest
-from export.golden_record import (
-    Outputs,
-    Probe,
-    golden_case,
-    golden_vectors,
-    probes,
-    run_stages,
-    stage_errors,
-)
+from export.golden_record import Probe, forced_errors, golden_case, golden_vectors, probes, run_stages
+from export.rounding import rounded_activations
+from export.shape import model_shape
 from export.targets import load_exporter
-from export.tolerances import TOLERANCES
+from export.tolerances import ACTIVATIONS, stage_tolerances
 
-# KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit, and a
-# 1.7B model's float32 cache stays at 0.4 GB.
+# KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit,
+# and a 1.7B model's float32 cache stays at 0.4 GB.
 DEFAULT_CONTEXT = 1024
 TOKENIZER_FILE = "tokenizer.model"
 PACKAGES: dict[Target, tuple[str, ...]] = {
@@ -84,6 +77,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     exporter = load_exporter(job.target)
     processing = read_processing(job.checkpoint)
     vlm = load_vlm(job.checkpoint)
+    _check_image_size(job.checkpoint, vlm, processing)
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
     context_length = _context_length(job, vlm, questions)
     progress(f"checkpoint {job.checkpoint} loaded")
@@ -101,14 +95,24 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
             )
         )
         shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
-        quantization_error = _record(vlm, exported.dequantized, questions, folder)
+        recorded = _record(job, vlm, exported.dequantized, questions, folder)
         progress(f"golden vectors of {len(questions)} questions recorded")
-        manifest = _manifest(job, vlm, processing, exported, context_length)
-        parity = _check(folder, job, manifest, quantization_error)
+        tolerances = stage_tolerances(job.target, job.precision, recorded.rounding_error)
+        manifest = _manifest(job, vlm, processing, exported, context_length, tolerances)
+        parity = _check(folder, job, manifest, recorded.quantization_error)
         progress(f"replayed on {parity.runtime}: every stage within tolerance")
         manifest = manifest.model_copy(update={"parity": parity, "files": file_records(folder)})
         write_manifest(folder, manifest)
     return manifest
+
+
+def _check_image_size(checkpoint: Path, vlm: MobileVlm, processing: Processing) -> None:
+    wanted = vlm.config.vision_config.image_size
+    if processing.image.size != wanted:
+        raise UsageError(
+            f"{checkpoint}: preprocessor_config.json makes images of {processing.image.size} pixels, the vision tower takes "
+            f"{wanted}; copy preprocessor_config.json of the tower it was trained with"
+        )
 
 
 def _context_length(job: ExportJob, vlm: MobileVlm, questions: Sequence[Probe]) -> int:
@@ -118,46 +122,53 @@ def _context_length(job: ExportJob, vlm: MobileVlm, questions: Sequence[Probe]) 
     length = job.context_length if job.context_length is not None else max(min(DEFAULT_CONTEXT, longest), needed)
     if not needed <= length <= longest:
         raise UsageError(
-            f"--context-length {length} does not fit {job.checkpoint}: allowed are {needed} (the longest golden prompt and "
-            f"{GREEDY_TOKENS} answer tokens) to {longest} (the model's max_position_embeddings)"
+            f"--context-length {length} does not fit {job.checkpoint}: allowed are {needed} (the longest golden prompt "
+            f"and {GREEDY_TOKENS} answer tokens) to {longest} (the model's max_position_embeddings)"
         )
     return length
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What recording the golden vectors told: quantization error and sensitivity to rounded activations, by stage."""
+
+    quantization_error: dict[Stage, float]
+    rounding_error: dict[Stage, float]
+
+
 @torch.no_grad()
 def _record(
-    vlm: MobileVlm, dequantized: Mapping[str, torch.Tensor], questions: Sequence[Probe], folder: Path
-) -> dict[Stage, float]:
-    """Write the golden vectors of the weights that the files hold -> the worst error of those weights against float.
+    job: ExportJob, vlm: MobileVlm, dequantized: Mapping[str, torch.Tensor], questions: Sequence[Probe], folder: Path
+) -> Recorded:
+    """Write the golden vectors of the weights that the files hold.
 
     ``vlm`` holds the dequantised weights afterwards: a second copy of a large model would not fit into memory.
     """
-    in_float = [run_stages(vlm, probe) for probe in questions]
+    in_float = outputs = [run_stages(vlm, probe) for probe in questions]
     parameters = vlm.state_dict()
     for name in dequantized:
         parameters[name].copy_(dequantized[name])
-    outputs = in_float if not dequantized else [run_stages(vlm, probe) for probe in questions]
+    if dequantized:
+        outputs = [run_stages(vlm, probe) for probe in questions]
     write_golden(
         folder,
         [golden_case(probe, out) for probe, out in zip(questions, outputs, strict=True)],
         {name: v for probe, out in zip(questions, outputs, strict=True) for name, v in golden_vectors(probe, out)},
         {probe.image_file: probe.image for probe in questions if probe.image_file and probe.image},
     )
-    return _worst(vlm, questions, in_float)
-
-
-def _worst(vlm: MobileVlm, questions: Sequence[Probe], in_float: Sequence[Outputs]) -> dict[Stage, float]:
-    worst: dict[Stage, float] = {}
-    for probe, wanted in zip(questions, in_float, strict=True):
-        for stage, error in stage_errors(run_stages(vlm, probe, wanted.fed_ids), wanted).items():
-            worst[stage] = max(worst.get(stage, 0.0), error)
-    return worst
+    with rounded_activations(vlm, ACTIVATIONS[job.target][job.precision]):
+        rounding_error = forced_errors(vlm, questions, outputs)
+    return Recorded(forced_errors(vlm, questions, in_float), rounding_error)
 
 
 def _manifest(
-    job: ExportJob, vlm: MobileVlm, processing: Processing, exported: ExportedGraphs, context_length: int
+    job: ExportJob,
+    vlm: MobileVlm,
+    processing: Processing,
+    exported: ExportedGraphs,
+    context_length: int,
+    tolerances: dict[Stage, float],
 ) -> Manifest:
-    text = vlm.config.text_config
     return Manifest(
         name=job.name or f"{job.checkpoint.resolve().name}-{job.target}-{job.precision}",
         target=job.target,
@@ -165,22 +176,13 @@ def _manifest(
         source=_source(job.checkpoint),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=_environment(job.target),
-        model=ModelShape(
-            hidden_size=text.hidden_size,
-            num_layers=text.num_hidden_layers,
-            num_heads=text.num_attention_heads,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            vocab_size=text.vocab_size,
-            context_length=context_length,
-            visual_tokens=vlm.config.visual_tokens,
-        ),
+        model=model_shape(vlm, context_length),
         graphs=exported.graphs,
         quantization=exported.quantization,
         image=processing.image,
         prompt=processing.prompt,
         tokenizer=processing.tokenizer.model_copy(update={"path": TOKENIZER_FILE}),
-        golden=Golden(vectors=VECTORS_FILE, cases=CASES_FILE, tolerances=TOLERANCES[job.target][job.precision]),
+        golden=Golden(vectors=VECTORS_FILE, cases=CASES_FILE, tolerances=tolerances),
         files={},
     )
 
@@ -216,9 +218,9 @@ def _check(folder: Path, job: ExportJob, manifest: Manifest, quantization_error:
     for stage, error in errors.items():
         if not error <= tolerances[stage]:  # an error that is not a number fails too
             raise VerificationError(
-                f"the {job.target} graphs at {job.precision} do not compute what the model computes: stage '{stage}' is off by "
-                f"{error:.2e} on {runtime.name}, tolerance {tolerances[stage]:.0e}; {job.output} was not written: run "
-                "alignkd-doctor to check the installed versions"
+                f"the {job.target} graphs at {job.precision} do not compute what the model computes: stage '{stage}' "
+                f"is off by {error:.2e} on {runtime.name}, tolerance {tolerances[stage]:.2e}; {job.output} was not "
+                "written: run alignkd-doctor to check the installed versions"
             )
     graph_error = {
         stage: StageParity(relative_error=error, tolerance=tolerances[stage]) for stage, error in errors.items()

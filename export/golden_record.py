@@ -1,8 +1,8 @@
-"""Model and processing -> golden cases and vectors: what each stage of the model computes on four small built-in questions."""
+"""Model and processing -> golden cases and vectors: what each stage computes on four built-in questions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,25 +91,35 @@ def probes(processing: Processing, tokenizer: Tokenizer) -> list[Probe]:
 
 
 @torch.no_grad()
-def run_stages(vlm: MobileVlm, probe: Probe, forced_ids: tuple[int, ...] | None = None) -> Outputs:
-    """Run the model in eager torch; greedy decoding goes on past EOS.
-
-    Args:
-        forced_ids: feed these after the prompt, not the model's own choice.
-    """
-    visual = None if probe.pixels is None else vlm.encode_images(torch.from_numpy(probe.pixels)).numpy()  # [1, N, D]
-    ids = text_ids(probe.prompt.token_ids, vlm.image_token_id)
-    embed = vlm.get_input_embeddings()
-    embeddings = embed(torch.tensor([ids])).numpy()  # [1, T, D]
-    step = torch.from_numpy(splice(probe.prompt.token_ids, vlm.image_token_id, embeddings, visual))  # [1, L, D]
-    cache, rows, fed = None, [], []
-    for index in range(GREEDY_TOKENS):
+def run_stages(vlm: MobileVlm, probe: Probe) -> Outputs:
+    """Run the model in eager torch as a runtime does, with a KV cache; greedy decoding goes on past EOS."""
+    visual, embeddings, step = _inputs(vlm, probe)
+    cache, rows, ids = None, [], []
+    for _ in range(GREEDY_TOKENS):
         out = vlm.language_model(inputs_embeds=step, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         rows.append(vlm.lm_head(out.last_hidden_state[:, -1])[0].numpy())  # [V]
-        fed.append(int(rows[-1].argmax()) if forced_ids is None else forced_ids[index])
-        step = embed(torch.tensor([[fed[-1]]]))  # [1, 1, D]
-    return Outputs(visual, embeddings, np.stack(rows), tuple(fed))
+        ids.append(int(rows[-1].argmax()))
+        step = vlm.get_input_embeddings()(torch.tensor([[ids[-1]]]))  # [1, 1, D]
+    return Outputs(visual, embeddings, np.stack(rows), tuple(ids))
+
+
+@torch.no_grad()
+def run_forced(vlm: MobileVlm, probe: Probe, fed_ids: tuple[int, ...]) -> Outputs:
+    """``run_stages`` with given ids after the prompt, in one pass."""
+    visual, embeddings, prompt = _inputs(vlm, probe)
+    answer = vlm.get_input_embeddings()(torch.tensor([fed_ids[:-1]]))  # [1, 31, D]
+    hidden = vlm.language_model(inputs_embeds=torch.cat([prompt, answer], 1), use_cache=False).last_hidden_state
+    logits = vlm.lm_head(hidden[0, prompt.shape[1] - 1 :]).numpy()  # [32, V]
+    return Outputs(visual, embeddings, logits, fed_ids)
+
+
+def _inputs(vlm: MobileVlm, probe: Probe) -> tuple[Floats | None, Floats, torch.Tensor]:
+    """Visual tokens [1, N, D] or None, text embeddings [1, T, D], and what the decoder is fed [1, T + N, D]."""
+    visual = None if probe.pixels is None else vlm.encode_images(torch.from_numpy(probe.pixels)).numpy()
+    ids = text_ids(probe.prompt.token_ids, vlm.image_token_id)
+    embeddings = vlm.get_input_embeddings()(torch.tensor([ids])).numpy()
+    return visual, embeddings, torch.from_numpy(splice(probe.prompt.token_ids, vlm.image_token_id, embeddings, visual))
 
 
 def golden_case(probe: Probe, outputs: Outputs) -> GoldenCase:
@@ -138,13 +148,18 @@ def golden_vectors(probe: Probe, outputs: Outputs) -> Iterator[tuple[str, Floats
             yield f"{probe.name}.{name}", values
 
 
-def stage_errors(found: Outputs, wanted: Outputs) -> dict[Stage, float]:
-    """Relative L2 error of each stage's output; both must have been fed the same ids."""
-    errors: dict[Stage, float] = {
-        "embeddings": relative_error(found.embeddings, wanted.embeddings),
-        "first_logits": relative_error(found.first_logits, wanted.first_logits),
-        "greedy_tokens": relative_error(found.greedy_logits, wanted.greedy_logits),
-    }
+def forced_errors(vlm: MobileVlm, questions: Sequence[Probe], wanted: Sequence[Outputs]) -> dict[Stage, float]:
+    """Feed the ids of ``wanted`` to the model as it is now -> the worst relative L2 error of each stage."""
+    worst: dict[Stage, float] = {}
+    for probe, outputs in zip(questions, wanted, strict=True):
+        for stage, error in _errors(run_forced(vlm, probe, outputs.fed_ids), outputs):
+            worst[stage] = max(worst.get(stage, 0.0), error)
+    return worst
+
+
+def _errors(found: Outputs, wanted: Outputs) -> Iterator[tuple[Stage, float]]:
     if found.visual_tokens is not None and wanted.visual_tokens is not None:
-        errors["visual_tokens"] = relative_error(found.visual_tokens, wanted.visual_tokens)
-    return errors
+        yield "visual_tokens", relative_error(found.visual_tokens, wanted.visual_tokens)
+    yield "embeddings", relative_error(found.embeddings, wanted.embeddings)
+    yield "first_logits", relative_error(found.first_logits, wanted.first_logits)
+    yield "greedy_tokens", max(map(relative_error, found.greedy_logits, wanted.greedy_logits))

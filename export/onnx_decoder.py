@@ -1,4 +1,4 @@
-"""LLaMA weights -> embed_tokens and decoder_model_merged, fused for onnxruntime, under the names of the onnx-community layout."""
+"""LLaMA weights -> embed_tokens and decoder_model_merged, fused for onnxruntime, named as onnx-community names them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from onnx import TensorProto
 from transformers import LlamaConfig
 
 from bundle.errors import UsageError
-from bundle.manifest import Graph, Tensor
+from bundle.manifest import Graph, ModelShape, Tensor
 from distill.models.mobilevlm import MobileVlm
 from export.onnx_linear import FLOAT, ModelWriter
 from export.onnx_weights import block_size_of
 from export.onnx_writer import MICROSOFT
+from export.shape import model_shape
 
 LAYERS = "language_model.layers"
 
@@ -43,19 +44,17 @@ def write_embedding(writer: ModelWriter, vlm: MobileVlm, path: str) -> Graph:
 
 
 def write_decoder(writer: ModelWriter, vlm: MobileVlm, context_length: int, path: str) -> Graph:
-    """inputs_embeds [1, T, D] and past keys and values -> logits of the last row [1, 1, V] and present keys and values."""
-    config = vlm.config.text_config
+    """inputs_embeds [1, T, D], past keys and values -> logits of the last row [1, 1, V], present keys and values."""
+    config, shape = vlm.config.text_config, model_shape(vlm, context_length)
     _check(config)
-    graph = _declare(writer, config, path)
+    graph = _declare(writer, shape, path)
     lengths = _lengths(writer)
     cos, sin = _rotary_tables(writer, vlm, context_length)
     residual = "inputs_embeds"
-    norm = {"axis": -1, "epsilon": config.rms_norm_eps, "stash_type": 1}
-    normed = writer.op(
-        "SimplifiedLayerNormalization", [residual, writer.vector(f"{LAYERS}.0.input_layernorm.weight")], **norm
-    )
+    inputs = [residual, writer.vector(f"{LAYERS}.0.input_layernorm.weight")]
+    normed = writer.op("SimplifiedLayerNormalization", inputs, axis=-1, epsilon=config.rms_norm_eps, stash_type=1)
     for layer in range(config.num_hidden_layers):
-        attended = _attention(writer, config, layer, normed, [*lengths, cos, sin])
+        attended = _attention(writer, shape, layer, normed, [*lengths, cos, sin])
         normed, residual = _add_and_norm(
             writer, config, residual, attended, f"{LAYERS}.{layer}.post_attention_layernorm.weight"
         )
@@ -79,13 +78,13 @@ def _check(config: LlamaConfig) -> None:
         )
 
 
-def _declare(writer: ModelWriter, config: LlamaConfig, path: str) -> Graph:
-    heads, width = config.num_key_value_heads, config.head_dim
-    writer.input("inputs_embeds", FLOAT, [1, "sequence_length", config.hidden_size])
+def _declare(writer: ModelWriter, shape: ModelShape, path: str) -> Graph:
+    heads, width = shape.num_kv_heads, shape.head_dim
+    writer.input("inputs_embeds", FLOAT, [1, "sequence_length", shape.hidden_size])
     writer.input("attention_mask", TensorProto.INT64, [1, "total_sequence_length"])
     writer.input("position_ids", TensorProto.INT64, [1, "sequence_length"])
-    writer.output("logits", FLOAT, [1, 1, config.vocab_size])
-    pairs = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
+    writer.output("logits", FLOAT, [1, 1, shape.vocab_size])
+    pairs = [f"{layer}.{part}" for layer in range(shape.num_layers) for part in ("key", "value")]
     for pair in pairs:
         writer.input(f"past_key_values.{pair}", FLOAT, [1, heads, "past_sequence_length", width])
         writer.output(f"present.{pair}", FLOAT, [1, heads, "present_sequence_length", width])
@@ -93,13 +92,13 @@ def _declare(writer: ModelWriter, config: LlamaConfig, path: str) -> Graph:
     return Graph(
         path=path,
         inputs=(
-            Tensor(name="inputs_embeds", dtype="float32", shape=(1, None, config.hidden_size)),
+            Tensor(name="inputs_embeds", dtype="float32", shape=(1, None, shape.hidden_size)),
             Tensor(name="attention_mask", dtype="int64", shape=(1, None)),
             Tensor(name="position_ids", dtype="int64", shape=(1, None)),
             *(Tensor(name=f"past_key_values.{pair}", dtype="float32", shape=cache) for pair in pairs),
         ),
         outputs=(
-            Tensor(name="logits", dtype="float32", shape=(1, 1, config.vocab_size)),
+            Tensor(name="logits", dtype="float32", shape=(1, 1, shape.vocab_size)),
             *(Tensor(name=f"present.{pair}", dtype="float32", shape=cache) for pair in pairs),
         ),
     )
@@ -128,7 +127,7 @@ def _rotary_tables(writer: ModelWriter, vlm: MobileVlm, context_length: int) -> 
     )
 
 
-def _attention(writer: ModelWriter, config: LlamaConfig, layer: int, normed: str, tables: list[str]) -> str:
+def _attention(writer: ModelWriter, shape: ModelShape, layer: int, normed: str, tables: list[str]) -> str:
     block = f"{LAYERS}.{layer}.self_attn"
     qkv = writer.linear(normed, [f"{block}.{part}_proj.weight" for part in ("q", "k", "v")])  # [1, T, q + k + v]
     attended, _, _ = writer.node(
@@ -136,11 +135,11 @@ def _attention(writer: ModelWriter, config: LlamaConfig, layer: int, normed: str
         [qkv, "", "", f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", *tables, "position_ids"],
         [f"attention_{layer}", f"present.{layer}.key", f"present.{layer}.value"],
         MICROSOFT,
-        num_heads=config.num_attention_heads,
-        kv_num_heads=config.num_key_value_heads,
+        num_heads=shape.num_heads,
+        kv_num_heads=shape.num_kv_heads,
         do_rotary=1,
         rotary_interleaved=0,
-        scale=config.head_dim**-0.5,
+        scale=shape.head_dim**-0.5,
     )
     return writer.linear(attended, [f"{block}.o_proj.weight"])  # [1, T, D]
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from bundle.manifest import Precision
-from export.onnx_weights import Floats, Packed, block_size_of, pack, unpack
+from export.onnx_weights import Bytes, Floats, Packed, block_size_of, pack, unpack
 from export.onnx_writer import MICROSOFT, GraphWriter
 from export.recipe import Storage, storage_of
 
 ACCURACY_INT8 = 4  # MatMulNBits quantizes activations to int8 per block; its integer kernels need it
 FLOAT = 1  # onnx.TensorProto.FLOAT
+CHUNK_VALUES = 1 << 22  # quantized at once: its float32 temporaries take about 100 MB
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
@@ -102,11 +103,12 @@ class ModelWriter(GraphWriter):
         rows = [self._weights[name].shape[0] for name in names]
         blocks, blob = -(-columns // block), block * bits // 8
 
-        def parts() -> Iterator[np.ndarray]:
+        def parts() -> Iterator[Bytes]:
             for name in names:
-                packed = pack(self.weight(name), bits, block)
-                scales.append(packed.scales)
-                yield packed.data
+                for chunk in np.array_split(self.weight(name), -(-self._weights[name].numel() // CHUNK_VALUES)):
+                    packed = pack(chunk, bits, block)
+                    scales.append(packed.scales)
+                    yield packed.data
 
         shape = [sum(rows), blocks * blob] if flat else [sum(rows), blocks, blob]
         data_name, scale_name = f"{names[0]}_q{bits}", f"{names[0]}_scales"

@@ -1,4 +1,4 @@
-"""CLIP tower up to the selected layer and LDPv2 -> vision_encoder: pixel_values [1, 3, S, S] to image_features [1, N, D]."""
+"""CLIP tower to the selected layer, and LDPv2 -> vision_encoder: pixel_values [1,3,S,S] to image_features [1,N,D]."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def write_vision_encoder(writer: ModelWriter, vlm: MobileVlm, path: str) -> Grap
             f"vision hidden_act '{config.hidden_act}' is not supported on onnx; supported: {', '.join(ACTIVATIONS)}"
         )
     size, tokens = config.image_size, vlm.config.visual_tokens
+    assert isinstance(size, int)
     writer.input("pixel_values", FLOAT, [1, 3, size, size])
     writer.output("image_features", FLOAT, [1, tokens, hidden])
     features = _tower(writer, config, _layers_used(vlm))  # [1, P, D_v]

@@ -53,7 +53,7 @@ class GraphWriter:
         return name
 
     def stream(self, name: str, dtype: np.dtype[Any], shape: Sequence[int], parts: Iterable[Array]) -> int:
-        """Add an external initializer from parts that follow each other in memory order -> its offset in the data file."""
+        """Add an external initializer from parts, one after the other in memory -> its offset in the data file."""
         tensor = self._declare(name, dtype, shape)
         self._data.write(bytes(-self._data.tell() % ALIGN_BYTES))
         offset = self._data.tell()

@@ -1,4 +1,4 @@
-"""Weight name and shape -> bits and group size: the four precisions as rules that every target shares; nothing on packing."""
+"""Weight name and shape -> bits and group size: four precisions as rules that all targets share; not how to pack."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ VISION_LINEARS = (
 CONVOLUTIONS = r"vision_tower\.embeddings\.patch_embedding\.weight|projector\.position\.weight"
 REST = QuantRule(r".*", 32)  # norms, biases, position and class embeddings: under 1 % of the bytes, and sensitive
 
-# First match wins. Decoder linears are 90 % of the bytes and all of the decode bandwidth, so int4 goes there; the vision
-# tower runs once per image and is compute bound, so 8 bits cost it no time and an eighth of the error of 4 bits.
+# First match wins. Decoder linears are 90 % of the bytes and all of the decode bandwidth, so int4 goes there; the
+# vision tower runs once per image and is compute bound, so 8 bits cost it no time and have a tenth of the error.
 RECIPES: dict[Precision, tuple[QuantRule, ...]] = {
     "int4": (
         QuantRule(DECODER_LINEARS, 4, 32),

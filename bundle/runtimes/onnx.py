@@ -94,8 +94,8 @@ class OnnxRuntime:
         end = self._position + inputs_embeds.shape[1]
         if end > self._shape.context_length:
             raise UsageError(
-                f"{end} tokens do not fit the context of {self._shape.context_length}; ask for fewer new tokens, or run: "
-                f"alignkd-export --context-length {end}"
+                f"{end} tokens do not fit the context of {self._shape.context_length}; ask for fewer new tokens, or "
+                f"run: alignkd-export --context-length {end}"
             )
         inputs = {
             "inputs_embeds": np.ascontiguousarray(inputs_embeds, np.float32),
