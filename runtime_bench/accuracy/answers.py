@@ -42,8 +42,12 @@ def read_answers(path: Path) -> list[Answer]:
     return answers
 
 
-def answer_line(question: Question, text: str, model: str, manifest_sha256: str) -> str:
-    """One line as model_vqa_loader writes it, ready to append; its metadata says which bundle answered."""
+def answer_line(question: Question, text: str, model: str, manifest_sha256: str, finish: str) -> str:
+    """One line as model_vqa_loader writes it, ready to append; its metadata says which bundle answered, why it ended.
+
+    Args:
+        finish: "eos", "max_new_tokens" or "context".
+    """
     identity = f"{manifest_sha256} {question.question_id} {question.prompt}"
     line: dict[str, JsonValue] = {
         "question_id": question.question_id,
@@ -51,6 +55,6 @@ def answer_line(question: Question, text: str, model: str, manifest_sha256: str)
         "text": text,
         "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
         "model_id": model,
-        "metadata": {"manifest_sha256": manifest_sha256},
+        "metadata": {"manifest_sha256": manifest_sha256, "finish": finish},
     }
     return json.dumps(line | question.extra) + "\n"
