@@ -45,7 +45,7 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class MakeDemoConfig:
-    """Write the procedural demo world: LLaVA training JSON with images, and the six benchmarks in their real formats."""
+    """Write the procedural demo world: LLaVA training JSON, images, the six benchmarks in their real formats."""
 
     output: Directory
     """new directory"""
@@ -79,7 +79,8 @@ def check(config: CheckConfig) -> int:
     if min(config.max_length, config.visual_tokens) < 1 or config.show < 0:
         raise UsageError("--max-length and --visual-tokens must be at least 1, --show at least 0")
     tokens = None if config.checkpoint is None else checkpoint_tokens(config.checkpoint)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("checking rows", total=None)
         report = check_data(
             config.data,

@@ -1,4 +1,4 @@
-"""Pictures of scikit-image's wheel + distill/real_set.json -> hand-written real questions as LLaVA files and a GQA folder."""
+"""Pictures of scikit-image's wheel + real_set.json -> hand-written questions as LLaVA files and a GQA folder."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ class Line:
 
     @property
     def label(self) -> str:
-        """The bundle's name, and what tells it from its siblings."""
-        return f"{self.bundle.name} ({self.sibling})" if self.sibling else self.bundle.name
+        """The bundle's name without its variant, and what tells it from another run of the same bundle."""
+        name = self.bundle.name.removesuffix(f"-{self.bundle.target}-{self.bundle.precision}") or self.bundle.name
+        return f"{name} ({self.sibling})" if self.sibling else name
 
     @property
     def variant(self) -> str:

@@ -34,12 +34,19 @@ class MeasureSettings:
     """How to measure one bundle; None leaves the choice to the engine or the template."""
 
     warmup: int = 2
+    """runs thrown away before the measured ones"""
     repeats: int = 10
+    """measured runs"""
     load_repeats: int = 3
+    """cold and warm loads measured"""
     threads: int | None = None
+    """CPU threads of the engine; None: the engine's own choice"""
     prompt_tokens: int | None = None
+    """rows of the prefill, visual tokens included; None: template, question and image as they are"""
     new_tokens: int = 32
+    """tokens made per run, the first one included"""
     runtime: str | None = None
+    """onnx, executorch, coreml or coreml_interpreter; None: the first that can run here"""
 
     def __post_init__(self) -> None:
         least = {"warmup": 0, "repeats": 1, "load_repeats": 1, "threads": 1, "prompt_tokens": 1, "new_tokens": 2}

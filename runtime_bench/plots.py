@@ -50,7 +50,7 @@ AXES: tuple[Axis, ...] = (
     _speed_axis("decode, ms per token", "decode_ms_per_token"),
     _speed_axis("vision encoder, ms", "vision_encode_ms"),
     Axis("peak memory, MB", lambda line: None if line.peak_bytes is None else line.peak_bytes / MB, lambda line: None),
-    Axis("size on disk, MB", lambda line: line.bundle.size_bytes / MB, lambda line: None),
+    Axis("graph files, MB", lambda line: line.bundle.weights_bytes / MB, lambda line: None),
 )
 
 

@@ -52,7 +52,7 @@ def _cells(line: Line, benchmarks: Sequence[str], shared: Sequence[str]) -> tupl
     peak = number(None if line.peak_bytes is None else line.peak_bytes / MB, blank)
     scores = [number(line.scores[name].score if name in line.scores else None) for name in benchmarks]
     mean = [number(line.mean_score(shared))] if len(shared) > 1 else []
-    return (line.label, line.variant, number(line.bundle.size_bytes / MB), *speeds, peak, *scores, *mean)
+    return (line.label, line.variant, number(line.bundle.weights_bytes / MB), *speeds, peak, *scores, *mean)
 
 
 def number(value: float | None, blank: str = DASH) -> str:
@@ -64,7 +64,7 @@ def number(value: float | None, blank: str = DASH) -> str:
 
 
 def _notes(lines: Sequence[Line], benchmarks: Sequence[str], shared: Sequence[str]) -> list[str]:
-    notes = []
+    notes = ["size MB: the graph files; tokenizer, manifest and golden vectors are not counted."]
     if any(cell is None for line in lines for cell in (line.run, line.scores or None)):
         notes.append(f"{DASH} not measured (alignkd-bench run gives speed, alignkd-bench accuracy gives scores).")
     notes += [_emulated_note(line) for line in lines if line.emulated]
