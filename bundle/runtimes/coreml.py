@@ -1,0 +1,122 @@
+"""Bundle of target coreml -> Runtime on Apple's Core ML through coremltools' MLModel, on macOS 15 or later.
+
+Not run on a Mac so far: its inputs, states and outputs are tested against a stand-in for MLModel only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from bundle.errors import missing_extra
+from bundle.manifest import Graph, GraphName, Manifest
+from bundle.runtimes.contract import Floats, Ids
+from bundle.runtimes.coreml_inputs import causal_mask, gather_ids, next_position
+from bundle.runtimes.mil_proto import coremltools_folder
+from bundle.staging import inside
+
+FIRST_MACOS = 15  # states of ML programs (iOS 18)
+NUMPY_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int32": np.int32}
+
+
+class Model(Protocol):
+    """What is used of coremltools' MLModel."""
+
+    def make_state(self) -> Any:
+        """A zeroed KV cache."""
+
+    def predict(self, data: Mapping[str, np.ndarray[Any, Any]], state: Any = None) -> Mapping[str, Any]:
+        """Inputs by name -> outputs by name; ``state`` is changed in place."""
+
+
+def available() -> str | None:
+    """None when Core ML itself can run here, else why not."""
+    if sys.platform != "darwin":
+        return "needs macOS"
+    version = platform.mac_ver()[0]
+    if int(version.split(".")[0] or 0) < FIRST_MACOS:
+        return f"needs macOS {FIRST_MACOS} or later, this is {version}"
+    if coremltools_folder() is None:
+        return "coremltools is not installed; run: pip install 'alignkd[coreml]'"
+    return None
+
+
+def open_runtime(bundle: Path, manifest: Manifest, threads: int | None) -> CoreMlRuntime:
+    """Compile and load the three packages; Core ML decides the threads, whatever ``threads`` says.
+
+    Raises:
+        UsageError: coremltools is missing.
+    """
+    try:
+        import coremltools
+    except ModuleNotFoundError as error:
+        raise missing_extra("coremltools", "coreml") from error
+
+    def load(graph: Graph, unit: Any) -> Model:
+        return coremltools.models.MLModel(str(inside(bundle, graph.path, "graph path")), compute_units=unit)
+
+    units = coremltools.ComputeUnit
+    # flexible shapes with states run on the GPU; the vision encoder is static and may use the Neural Engine
+    return CoreMlRuntime(
+        manifest,
+        {
+            "vision_encoder": load(manifest.graphs["vision_encoder"], units.ALL),
+            "token_embedding": load(manifest.graphs["token_embedding"], units.CPU_ONLY),
+            "text_decoder": load(manifest.graphs["text_decoder"], units.CPU_AND_GPU),
+        },
+    )
+
+
+class CoreMlRuntime:
+    """The Runtime of Core ML on this Mac."""
+
+    covers = "Core ML on this Mac (vision: any unit, decoder: CPU and GPU)"
+
+    def __init__(self, manifest: Manifest, models: Mapping[GraphName, Model]) -> None:
+        self.name = f"Core ML, coremltools {importlib.metadata.version('coremltools')}"
+        self._graphs = manifest.graphs
+        self._shape = manifest.model
+        self._models = dict(models)
+        self._position = 0
+        self._state = self._models["text_decoder"].make_state()
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def encode_image(self, pixel_values: Floats) -> Floats:
+        return self._predict("vision_encoder", {"pixel_values": pixel_values})
+
+    def embed(self, input_ids: Ids) -> Floats:
+        return self._predict("token_embedding", {"input_ids": gather_ids(input_ids, self._shape)})
+
+    def decode(self, inputs_embeds: Floats) -> Floats:
+        end = next_position(self._position, inputs_embeds, self._shape)
+        mask = causal_mask(self._position, inputs_embeds.shape[1])
+        logits = self._predict("text_decoder", {"inputs_embeds": inputs_embeds, "causal_mask": mask}, self._state)
+        self._position = end
+        return logits[0, 0]
+
+    def reset(self) -> None:
+        self._position = 0
+        self._state = self._models["text_decoder"].make_state()
+
+    def close(self) -> None:
+        self._models.clear()
+        self._state = None
+
+    def _predict(self, name: GraphName, values: Mapping[str, np.ndarray[Any, Any]], state: Any = None) -> Floats:
+        graph = self._graphs[name]
+        inputs = {
+            tensor.name: np.ascontiguousarray(values[tensor.name], NUMPY_DTYPES[tensor.dtype])
+            for tensor in graph.inputs
+        }
+        model = self._models[name]
+        outputs = model.predict(inputs) if state is None else model.predict(inputs, state)
+        return np.asarray(outputs[graph.outputs[0].name], np.float32)

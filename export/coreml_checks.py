@@ -1,0 +1,115 @@
+"""A written .mlpackage and what it should be -> nothing, or the first property that is wrong; needs no Mac."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bundle.errors import VerificationError
+from bundle.manifest import Graph, Tensor
+from bundle.runtimes.mil_graph import KNOWN_OPERATIONS, block_of
+from bundle.runtimes.mil_proto import read_spec, weight_path
+from bundle.runtimes.mil_weights import FLOAT32
+
+SPECIFICATION_VERSION = 9  # iOS 18: states, per-block int4
+# FeatureTypes.proto, ArrayFeatureType.ArrayDataType
+ARRAY_DTYPES = {65568: "float32", 65552: "float16", 131104: "int32"}
+BLOB_OVERHEAD_BYTES = 128  # metadata record and alignment of one constant in weight.bin
+BLOBS_PER_WEIGHT = 3  # values, scales, a zero bias
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large weight.bin may be.
+
+    Attributes:
+        bits: weight -> bits per stored value.
+        sizes: weight -> number of values.
+        spare_bytes: other constants that the program may hold (RoPE tables, scales, zero biases).
+    """
+
+    bits: Mapping[str, int]
+    sizes: Mapping[str, int]
+    spare_bytes: int
+
+
+def check_package(package: Path, graph: Graph, longest: int, budget: Budget) -> None:
+    """Compare a package with its row in the manifest and with the recipe.
+
+    Args:
+        longest: upper bound of every dynamic dimension.
+
+    Raises:
+        VerificationError: the first property that differs, with both values.
+    """
+    spec = read_spec(package)
+    _expect(package, "specification version", spec.specificationVersion, SPECIFICATION_VERSION)
+    _check_features(package, "input", spec.description.input, graph.inputs, longest)
+    _check_features(package, "output", spec.description.output, graph.outputs, longest)
+    _check_states(package, spec, graph)
+    block = block_of(spec)
+    unknown = sorted({operation.type for operation in block.operations} - KNOWN_OPERATIONS)
+    _expect(package, "operations outside the tested ones", unknown, [])
+    if all(tensor.dtype != "float32" for tensor in (*graph.inputs, *graph.outputs)):
+        _expect(package, "float32 results in a float16 program", _float32_results(block), [])
+    _check_bytes(package, budget)
+
+
+def _check_features(package: Path, kind: str, features: Any, wanted: tuple[Tensor, ...], longest: int) -> None:
+    _expect(package, f"{kind} names", sorted(f.name for f in features), sorted(tensor.name for tensor in wanted))
+    by_name = {feature.name: feature.type.multiArrayType for feature in features}
+    for tensor in wanted:
+        array = by_name[tensor.name]
+        _expect(package, f"dtype of {kind} '{tensor.name}'", ARRAY_DTYPES.get(array.dataType), tensor.dtype)
+        if kind == "input":
+            _expect(package, f"sizes of input '{tensor.name}'", _bounds(array), _wanted_bounds(tensor, longest))
+
+
+def _bounds(array: Any) -> list[tuple[int, int]]:
+    if array.WhichOneof("ShapeFlexibility") == "shapeRange":
+        return [(int(size.lowerBound), int(size.upperBound)) for size in array.shapeRange.sizeRanges]
+    return [(int(size), int(size)) for size in array.shape]
+
+
+def _wanted_bounds(tensor: Tensor, longest: int) -> list[tuple[int, int]]:
+    return [(1, longest) if size is None else (size, size) for size in tensor.shape]
+
+
+def _check_states(package: Path, spec: Any, graph: Graph) -> None:
+    found = {
+        state.name: (
+            ARRAY_DTYPES.get(state.type.stateType.arrayType.dataType),
+            tuple(state.type.stateType.arrayType.shape),
+        )
+        for state in spec.description.state
+    }
+    _expect(package, "states", found, {tensor.name: (tensor.dtype, tensor.shape) for tensor in graph.states})
+
+
+def _float32_results(block: Any) -> list[str]:
+    return [
+        output.name
+        for operation in block.operations
+        for output in operation.outputs
+        if operation.type != "const" and output.type.tensorType.dataType == FLOAT32
+    ]
+
+
+def _check_bytes(package: Path, budget: Budget) -> None:
+    """A weight that was stored twice, or not quantized, shows in the size of the file."""
+    path = weight_path(package)
+    found = path.stat().st_size if path else 0
+    weights = sum(budget.sizes[name] * bits // 8 for name, bits in budget.bits.items())
+    allowed = weights + budget.spare_bytes + BLOBS_PER_WEIGHT * BLOB_OVERHEAD_BYTES * len(budget.bits)
+    if not weights <= found <= allowed:
+        count = sum(budget.sizes.values())
+        raise VerificationError(
+            f"{package.name}: weight.bin has {found} bytes; its {count} weights take {weights} to {allowed}"
+        )
+
+
+def _expect(package: Path, what: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise VerificationError(f"{package.name}: {what}: {found}, expected {wanted}")
