@@ -110,8 +110,8 @@ def _check_image_size(checkpoint: Path, vlm: MobileVlm, processing: Processing) 
     wanted = vlm.config.vision_config.image_size
     if processing.image.size != wanted:
         raise UsageError(
-            f"{checkpoint}: preprocessor_config.json makes images of {processing.image.size} pixels, the vision tower takes "
-            f"{wanted}; copy preprocessor_config.json of the tower it was trained with"
+            f"{checkpoint}: preprocessor_config.json makes images of {processing.image.size} pixels, the vision tower "
+            f"takes {wanted}; copy preprocessor_config.json of the tower it was trained with"
         )
 
 

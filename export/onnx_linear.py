@@ -47,7 +47,7 @@ class ModelWriter(GraphWriter):
         super().__init__(path)
         self._weights = weights
         self._precision = precision
-        self._stored = stored
+        self.stored = stored
 
     def weight(self, name: str) -> Floats:
         """One weight of the model as float32."""
@@ -116,7 +116,7 @@ class ModelWriter(GraphWriter):
         scales_at = self.stream(scale_name, np.dtype(np.float32), [sum(rows), blocks], scales)
         first = 0
         for name, count in zip(names, rows, strict=True):
-            self._stored.remember(name, self._blocked_reader(data_at, scales_at, first, count, bits, block, columns))
+            self.stored.remember(name, self._blocked_reader(data_at, scales_at, first, count, bits, block, columns))
             first += count
         return data_name, scale_name
 
@@ -162,5 +162,5 @@ class ModelWriter(GraphWriter):
                 piece = halves[:, first : first + count].T if transpose else halves[first : first + count]
                 return np.ascontiguousarray(piece).astype(np.float32)
 
-            self._stored.remember(name, read)
+            self.stored.remember(name, read)
             first += count

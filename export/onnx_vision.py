@@ -11,6 +11,7 @@ from bundle.errors import UsageError
 from bundle.manifest import Graph, Tensor
 from distill.models.mobilevlm import MobileVlm
 from export.onnx_linear import FLOAT, ModelWriter
+from export.onnx_token_linear import token_linear
 from export.onnx_writer import MICROSOFT
 
 LAYERS = "vision_tower.encoder.layers"
@@ -108,25 +109,29 @@ def _add_and_norm(
 def _attention(writer: ModelWriter, config: CLIPVisionConfig, block: str, normed: str) -> str:
     """Self-attention without out_proj's bias, which the following norm adds."""
     names = [f"{block}.self_attn.{part}_proj" for part in ("q", "k", "v")]
-    qkv = writer.linear(normed, [f"{name}.weight" for name in names])  # [1, S, 3 * D_v]
+    qkv = token_linear(writer, normed, [f"{name}.weight" for name in names])  # [1, S, 3 * D_v]
     parts = writer.node("Split", [qkv], 3, axis=-1, num_outputs=3)
     bias = writer.constant(f"{block}.qkv_bias", np.concatenate([writer.weight(f"{name}.bias") for name in names]))
     heads = config.num_attention_heads
     attended = writer.op("MultiHeadAttention", [*parts, bias], None, MICROSOFT, num_heads=heads)  # [1, S, D_v]
-    return writer.linear(attended, [f"{block}.self_attn.out_proj.weight"])
+    return token_linear(writer, attended, [f"{block}.self_attn.out_proj.weight"])
 
 
 def _mlp(writer: ModelWriter, config: CLIPVisionConfig, block: str, normed: str) -> str:
     """The two linears without fc2's bias, which the following norm adds."""
-    hidden = writer.linear(normed, [f"{block}.mlp.fc1.weight"], bias=writer.vector(f"{block}.mlp.fc1.bias"))
+    hidden = token_linear(writer, normed, [f"{block}.mlp.fc1.weight"], bias=writer.vector(f"{block}.mlp.fc1.bias"))
     activation, attributes = ACTIVATIONS[config.hidden_act]
-    return writer.linear(writer.op(activation, [hidden], None, MICROSOFT, **attributes), [f"{block}.mlp.fc2.weight"])
+    return token_linear(
+        writer, writer.op(activation, [hidden], None, MICROSOFT, **attributes), [f"{block}.mlp.fc2.weight"]
+    )
 
 
 def _projector(writer: ModelWriter, features: str, grid: int, hidden: int) -> str:
-    first = writer.linear(features, ["projector.linear_1.weight"], bias=writer.vector("projector.linear_1.bias"))
+    first = token_linear(writer, features, ["projector.linear_1.weight"], bias=writer.vector("projector.linear_1.bias"))
     activated = writer.op("Gelu", [first], None, MICROSOFT)
-    second = writer.linear(activated, ["projector.linear_2.weight"], bias=writer.vector("projector.linear_2.bias"))
+    second = token_linear(
+        writer, activated, ["projector.linear_2.weight"], bias=writer.vector("projector.linear_2.bias")
+    )
     columns = writer.op("Transpose", [second], perm=[0, 2, 1])  # [1, D, P]
     plane = writer.op("Reshape", [columns, writer.constant("plane_shape", np.array([1, hidden, grid, grid]))])
     # AdaptiveAvgPool2d(g // 2) of an even grid is a 2x2 window, of an odd grid 3x3, both at stride 2

@@ -32,6 +32,7 @@ class GraphWriter:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._counts: dict[str, int] = {}
+        self._names: set[str] = set()
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
         """Declare a graph input; a string in ``shape`` names a dynamic dimension."""
@@ -42,6 +43,10 @@ class GraphWriter:
         """Declare a graph output."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
         return name
+
+    def has(self, name: str) -> bool:
+        """Whether an initializer of that name was added."""
+        return name in self._names
 
     def constant(self, name: str, values: Array) -> str:
         """Add an initializer; large ones go to the data file."""
@@ -68,6 +73,8 @@ class GraphWriter:
 
     def _declare(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> onnx.TensorProto:
         tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=list(shape))
+        assert name not in self._names, name
+        self._names.add(name)
         self._initializers.append(tensor)
         return tensor
 

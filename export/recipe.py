@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,7 +73,19 @@ RECIPES: dict[Precision, tuple[QuantRule, ...]] = {
 
 def storage_of(name: str, shape: tuple[int, ...], precision: Precision) -> Storage:
     """Look up one weight; a row that its group size does not divide falls back to 8 bits per channel."""
-    rule = next(rule for rule in RECIPES[precision] if re.fullmatch(rule.pattern, name))
-    if rule.group_size is not None and shape[-1] % rule.group_size:
-        return Storage(8, None)
-    return Storage(rule.bits, rule.group_size)
+    rule = rule_of(name, precision)
+    return Storage(8, None) if _falls_back(rule, shape) else Storage(rule.bits, rule.group_size)
+
+
+def rule_of(name: str, precision: Precision) -> QuantRule:
+    """The first rule that matches."""
+    return next(rule for rule in RECIPES[precision] if re.fullmatch(rule.pattern, name))
+
+
+def fallbacks(shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> list[str]:
+    """The weights that get 8 bits per channel because their group size does not divide their width."""
+    return [name for name, shape in shapes.items() if _falls_back(rule_of(name, precision), shape)]
+
+
+def _falls_back(rule: QuantRule, shape: tuple[int, ...]) -> bool:
+    return rule.group_size is not None and shape[-1] % rule.group_size != 0

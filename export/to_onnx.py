@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bundle.manifest import GraphName, GraphQuantization, Precision
+from distill.models.mobilevlm import MobileVlm
 from export.contract import ExportedGraphs, ExportRequest
 from export.onnx_decoder import write_decoder, write_embedding
 from export.onnx_linear import ModelWriter, StoredWeights
 from export.onnx_vision import write_vision_encoder
 from export.onnx_weights import CHANNEL_BLOCK
+from export.recipe import fallbacks
 
 SUFFIX: dict[Precision, str] = {"int4": "_q4", "int8": "_quantized", "fp16": "_fp16", "fp32": ""}
 STEMS: dict[GraphName, str] = {
@@ -35,25 +37,36 @@ def export_onnx(request: ExportRequest) -> ExportedGraphs:
     request.progress(f"text decoder written: {decoder.path}")
     return ExportedGraphs(
         graphs={"vision_encoder": vision, "token_embedding": embedding, "text_decoder": decoder},
-        quantization=QUANTIZATION[precision],
+        quantization=_quantization(vlm, precision),
         dequantized=stored,
     )
 
 
-def _int8(activations: str) -> GraphQuantization:
-    return GraphQuantization(weights="int8 symmetric", group_size=CHANNEL_BLOCK, activations=activations)
-
-
-DYNAMIC = "int8 dynamic per block"
+# How each graph's matrices are stored and what its kernels are fed.
 PLAIN = GraphQuantization(weights="float32", activations="float32")
 HALF = GraphQuantization(weights="float16", activations="float32")
+TOKENS_8 = GraphQuantization(weights="int8 symmetric", activations="int8 dynamic per token")
+BLOCKS_8 = GraphQuantization(
+    weights="int8 symmetric", group_size=CHANNEL_BLOCK, activations="int8 dynamic per block of the weights"
+)
+BLOCKS_4 = GraphQuantization(
+    weights="int4 symmetric, lm_head int8", group_size=32, activations="int8 dynamic per block of the weights"
+)
+TABLE_8 = GraphQuantization(weights="int8 symmetric", group_size=CHANNEL_BLOCK, activations="float32")
 QUANTIZATION: dict[Precision, dict[GraphName, GraphQuantization]] = {
-    "int4": {
-        "vision_encoder": _int8(DYNAMIC),
-        "token_embedding": _int8("float32"),
-        "text_decoder": GraphQuantization(weights="int4 symmetric, lm_head int8", group_size=32, activations=DYNAMIC),
-    },
-    "int8": {"vision_encoder": _int8(DYNAMIC), "token_embedding": _int8("float32"), "text_decoder": _int8(DYNAMIC)},
+    "int4": {"vision_encoder": TOKENS_8, "token_embedding": TABLE_8, "text_decoder": BLOCKS_4},
+    "int8": {"vision_encoder": TOKENS_8, "token_embedding": TABLE_8, "text_decoder": BLOCKS_8},
     "fp16": {"vision_encoder": HALF, "token_embedding": HALF, "text_decoder": HALF},
     "fp32": {"vision_encoder": PLAIN, "token_embedding": PLAIN, "text_decoder": PLAIN},
 }
+
+
+def _quantization(vlm: MobileVlm, precision: Precision) -> dict[GraphName, GraphQuantization]:
+    """The table's row, with the number of decoder matrices whose width the group does not divide."""
+    row = dict(QUANTIZATION[precision])
+    odd = fallbacks({name: tuple(weight.shape) for name, weight in vlm.state_dict().items()}, precision)
+    if odd:
+        decoder = row["text_decoder"]
+        weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"
+        row["text_decoder"] = decoder.model_copy(update={"weights": weights})
+    return row
