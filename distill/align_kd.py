@@ -159,6 +159,7 @@ class AlignKD(nn.Module):
     def _chunk_terms(
         self, hidden: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor
     ) -> dict[str, torch.Tensor]:
+        """Sums over a chunk's rows. hidden [c, D], theirs [c, D_T], targets [c]."""
         logits = self.student.lm_head(hidden)  # [c, V]
         terms = {}
         if "cross_entropy" in self.weights:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -20,7 +19,7 @@ DESCRIPTION = (
 
 def distill(
     config: Annotated[DistillConfig, tyro.conf.arg(name="")], json: tyro.conf.FlagCreatePairsOff[bool] = False
-) -> Path:
+) -> None:
     """Train and print the new checkpoint's path.
 
     Args:
@@ -30,16 +29,14 @@ def distill(
     from distill.trainer import train
 
     output = train(config)
-    log = jsonlib.loads((output / "training_log.json").read_text(encoding="utf-8"))["facts"]
-    print(
-        f"{output}: {log['steps']} steps, " + ", ".join(f"{name} {value:.4g}" for name, value in log["terms"].items())
-    )
+    facts = jsonlib.loads((output / "training_log.json").read_text(encoding="utf-8"))["facts"]
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in facts["terms"].items())
+    print(f"{output}: {facts['steps']} steps, {terms}")
     if json:
-        print(jsonlib.dumps({"checkpoint": str(output), **log}))
-    return output
+        print(jsonlib.dumps({"checkpoint": str(output), **facts}))
 
 
-def init(config: Annotated[InitConfig, tyro.conf.arg(name="")]) -> Path:
+def init(config: Annotated[InitConfig, tyro.conf.arg(name="")]) -> None:
     """Write a fresh student that shares the teacher's vision tower and vocabulary."""
     _need_torch()
     from bundle.staging import fresh_directory
@@ -55,7 +52,6 @@ def init(config: Annotated[InitConfig, tyro.conf.arg(name="")]) -> Path:
     with fresh_directory(config.output) as folder:
         save_checkpoint(student, folder, processing)
     print(f"{config.output}: {sum(p.numel() for p in student.parameters()):,} parameters")
-    return config.output
 
 
 def _need_torch() -> None:

@@ -143,13 +143,15 @@ class DistillConfig:
         positive = {
             "temperature": self.temperature, "top-k": self.top_k, "epochs": self.epochs, "batch-size": self.batch_size,
             "gradient-accumulation": self.gradient_accumulation, "learning-rate": self.learning_rate,
-            "adapter-learning-rate": self.adapter_learning_rate, "log-steps": self.log_steps, "save-steps": self.save_steps,
+            "adapter-learning-rate": self.adapter_learning_rate, "log-steps": self.log_steps,
+            "save-steps": self.save_steps,
             "max-steps": 1 if self.max_steps is None else self.max_steps,
             "projector-learning-rate": 1 if self.projector_learning_rate is None else self.projector_learning_rate,
         }  # fmt: skip
         not_negative = {
-            "weight-decay": self.weight_decay, "max-grad-norm": self.max_grad_norm, "grad-norm-steps": self.grad_norm_steps,
-            "cache-mb": self.cache_mb, "workers": self.workers, "seed": self.seed,
+            "weight-decay": self.weight_decay, "max-grad-norm": self.max_grad_norm,
+            "grad-norm-steps": self.grad_norm_steps, "cache-mb": self.cache_mb, "workers": self.workers,
+            "seed": self.seed,
             **{f"weights.{name.replace('_', '-')}": weight or 0.0 for name, weight in asdict(self.weights).items()},
         }  # fmt: skip
         problems = [f"--{name} {value} must be above 0" for name, value in positive.items() if not value > 0]

@@ -140,7 +140,7 @@ class Collator:
     features: dict[Path, torch.Tensor] | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        """Batch with input_ids, attention_mask, labels [B, T] and pixel_values [n, 3, S, S] or image_features [n, P, D_v]."""
+        """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v]."""
         length = max(len(example["input_ids"]) for example in examples)
         shape = (len(examples), length)
         input_ids = torch.full(shape, self.pad_id)

@@ -37,5 +37,6 @@ def known_features(
         some = paths[start : start + IMAGES_PER_BATCH]
         pixels = torch.stack([images.decode(by_path[path]) for path in some])  # [b, 3, S, S]
         with torch.no_grad():
-            features.update(zip(some, module.student.tower_features(pixels), strict=True))  # [P, D_v] each
+            seen = module.student.tower_features(pixels.to(module.student.device)).cpu()  # [b, P, D_v]
+        features.update(zip(some, seen.unbind(), strict=True))
     return features

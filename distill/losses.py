@@ -28,7 +28,13 @@ def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 def forward_kl(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None, temperature: float = 1.0
 ) -> torch.Tensor:
-    """KL(p_teacher || p_student), times temperature squared (Hinton 2015). logits [S, V], mask [S], mean over kept rows."""
+    """KL(p_teacher || p_student), times temperature squared (Hinton 2015).
+
+    Args:
+        student, teacher: logits [S, V].
+        mask: [S], True on rows that count; None keeps all. The mean runs over these rows.
+        temperature: divides both logits.
+    """
     return _divergence(forward_kl_rows, student, teacher, mask, temperature)
 
 
@@ -111,7 +117,7 @@ def visual_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def focus_mse(
     student: torch.Tensor, teacher: torch.Tensor, teacher_attention: torch.Tensor, row_mask: torch.Tensor, top_k: int
 ) -> torch.Tensor:
-    """L_V-focus of Align-KD: ``visual_mse`` over the visual tokens that text attends to most in the teacher's first layer.
+    """L_V-focus of Align-KD: ``visual_mse`` over the visual tokens that the teacher's text attends to most.
 
     Args:
         student: [n, N, D_S]; teacher: the same, mapped.

@@ -12,7 +12,6 @@ from bundle.prompt import IMAGE_MARKER
 from bundle.staging import inside
 
 FORMAT = 'a JSON list of {"id", "image" (optional), "conversations": [{"from": "human"|"gpt", "value": "..."}]}'
-SPEAKERS = ("human", "gpt")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ def read_rows(data: Path, images: Path) -> list[Row]:
     missing = next((row for row in rows if row.image is not None and not row.image.is_file()), None)
     if missing is not None:
         raise UsageError(
-            f"{data} row {missing.number}: image {missing.image} does not exist; put it there or give the folder by --images"
+            f"{data} row {missing.number}: image {missing.image} does not exist; put it there, "
+            "or name the right folder with --images"
         )
     return rows
 

@@ -1,4 +1,4 @@
-"""DistillConfig -> trained Hugging Face checkpoint directory, by transformers.Trainer; interrupted runs can be resumed."""
+"""DistillConfig -> trained Hugging Face checkpoint directory, by transformers.Trainer; a broken-off run can go on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from bundle.errors import UsageError
 from bundle.staging import refuse_existing, sha256_of, write_text_whole
@@ -34,10 +33,9 @@ from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
 from distill.progress import ProgressLine
 from distill.rows import read_rows
+from distill.work_folder import SETTINGS_FILE, check_output, last_checkpoint, settings_of
 
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
-SETTINGS_FILE = "settings.json"  # of an unfinished run, so that it is resumed only as it began
-NOT_COMPARED = ("resume", "output", "log_steps", "save_steps", "cache_mb", "workers", "report")
 
 
 def train(config: DistillConfig, console: Console | None = None) -> Path:
@@ -50,11 +48,11 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
     if config.resume and config.output.exists():
         console.print(f"{config.output} is finished already")
         return config.output
-    _check_output(config)
-    student, processing = load_vlm(config.student), read_processing(config.student)
-    teacher = _open_teacher(config, student, processing, console)
+    check_output(config)
     rows = read_rows(config.data, config.image_folder)
     console.print(f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image")
+    student, processing = load_vlm(config.student), read_processing(config.student)
+    teacher = _open_teacher(config, student, processing, console)
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
@@ -62,12 +60,11 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
         student, teacher, config.term_weights, config.temperature, config.top_k, config.freeze_tower, config.seed
     )
     images = ImageStore(processing.image, config.cache_mb << 20)
-    collator = Collator(
-        processing.tokenizer.pad_id, images, known_features(module, rows, images, config.cache_mb << 20)
-    )
+    collator = Collator(processing.tokenizer.pad_id, images)
     trainer = DistillTrainer(module, config, dataset, collator, console)
     begun = time.monotonic()
-    _run(trainer, config)
+    collator.features = known_features(module, rows, images, config.cache_mb << 20)  # on the trainer's device
+    _run(trainer, config, console)
     _finish(trainer, config, processing, len(rows), time.monotonic() - begun)
     return config.output
 
@@ -95,7 +92,7 @@ class DistillTrainer(Trainer):
 
             self.add_callback(TensorBoardCallback(SummaryWriter(str(config.work / "tensorboard"))))
         if module.teacher is not None:
-            module.teacher.to(self.args.device)
+            nn.Module.to(module.teacher, self.args.device)
 
     @property
     def align(self) -> AlignKD:
@@ -200,33 +197,6 @@ def _arguments(config: DistillConfig) -> TrainingArguments:
     )
 
 
-def _check_output(config: DistillConfig) -> None:
-    refuse_existing(config.output)
-    if config.resume and get_last_checkpoint_or_none(config.work) is None:
-        raise UsageError(f"nothing to resume: {config.work} holds no checkpoint; run the same command without --resume")
-    if config.work.exists() and not config.resume:
-        raise UsageError(f"an unfinished run lies in {config.work}; add --resume to continue it, or remove it")
-    if config.resume:
-        before = json.loads((config.work / SETTINGS_FILE).read_text(encoding="utf-8"))
-        changed = [
-            f"{name} was {before.get(name)}, is {now}"
-            for name, now in _settings(config).items()
-            if before.get(name) != now
-        ]
-        if changed:
-            raise UsageError(f"--resume needs the settings that {config.work} began with: {'; '.join(changed)}")
-
-
-def get_last_checkpoint_or_none(work: Path) -> str | None:
-    """The newest resumable checkpoint of an unfinished run."""
-    return get_last_checkpoint(str(work)) if work.is_dir() else None
-
-
-def _settings(config: DistillConfig) -> dict[str, Any]:
-    plain = json.loads(json.dumps(asdict(config), default=str))
-    return {name: value for name, value in plain.items() if name not in NOT_COMPARED}
-
-
 def _open_teacher(
     config: DistillConfig, student: MobileVlm, processing: Processing, console: Console
 ) -> MobileVlm | None:
@@ -236,27 +206,31 @@ def _open_teacher(
     sizes = (student.config.text_config.vocab_size, teacher.config.text_config.vocab_size)
     if sizes[0] != sizes[1] or sha256_of(processing.tokenizer_path) != sha256_of(theirs.tokenizer_path):
         raise UsageError(
-            f"student {config.student} and teacher {config.teacher} have different vocabularies ({sizes[0]} and {sizes[1]} "
-            "tokens, tokenizer.model differs); distillation needs one vocabulary: choose another student, or --losses ce"
+            f"student {config.student} and teacher {config.teacher} have different vocabularies ({sizes[0]} and "
+            f"{sizes[1]} tokens, different tokenizer.model); distillation needs one vocabulary: choose another "
+            "student, or train it without a teacher: --losses ce"
         )
     if processing.image != theirs.image or student.config.visual_tokens != teacher.config.visual_tokens:
         raise UsageError(
             f"student {config.student} and teacher {config.teacher} see images differently "
             f"({processing.image.size} px {processing.image.strategy}, {student.config.visual_tokens} visual tokens; "
-            f"{theirs.image.size} px {theirs.image.strategy}, {teacher.config.visual_tokens}); choose a pair that agrees"
+            f"{theirs.image.size} px {theirs.image.strategy}, {teacher.config.visual_tokens}); "
+            "choose a pair that agrees"
         )
     console.print(f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen")
     return teacher
 
 
-def _run(trainer: DistillTrainer, config: DistillConfig) -> None:
+def _run(trainer: DistillTrainer, config: DistillConfig, console: Console) -> None:
     config.work.mkdir(parents=True, exist_ok=True)
-    write_text_whole(config.work / SETTINGS_FILE, json.dumps(_settings(config), indent=1) + "\n")
+    write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
     try:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint_or_none(config.work))
+        trainer.train(resume_from_checkpoint=last_checkpoint(config.work))
     except BaseException:
-        if get_last_checkpoint_or_none(config.work) is None:
+        if last_checkpoint(config.work) is None:
             shutil.rmtree(config.work)  # nothing in it could be resumed
+        else:
+            console.print(f"broken off; its last checkpoint is kept in {config.work}: continue with --resume")
         raise
 
 
@@ -278,7 +252,7 @@ def _finish(trainer: DistillTrainer, config: DistillConfig, processing: Processi
     save_checkpoint(module.student, final, processing, render_card(config, facts))
     if adapters := module.adapter_state():
         save_file({name: value.contiguous() for name, value in adapters.items()}, final / "adapters.safetensors")
-    log = {"settings": _settings(config), "facts": asdict(facts), "log": history}
+    log = {"settings": settings_of(config), "facts": asdict(facts), "log": history}
     write_text_whole(final / "training_log.json", json.dumps(log, indent=1) + "\n")
     if (events := config.work / "tensorboard").is_dir():
         shutil.move(events, final / "tensorboard")
@@ -288,7 +262,7 @@ def _finish(trainer: DistillTrainer, config: DistillConfig, processing: Processi
 
 
 def _last(history: list[dict[str, float]], prefix: str) -> dict[str, float]:
-    found = [entry for entry in history if any(key.startswith(prefix) for key in entry)]
-    return (
-        {key.removeprefix(prefix): value for key, value in found[-1].items() if key.startswith(prefix)} if found else {}
-    )
+    """Values of the latest log entry that has names with ``prefix``."""
+    found = [{key: value for key, value in entry.items() if key.startswith(prefix)} for entry in history]
+    latest = next((entry for entry in reversed(found) if entry), {})
+    return {key.removeprefix(prefix): value for key, value in latest.items()}

@@ -17,6 +17,7 @@ def create_student(
     Raises:
         UsageError: a size is not positive, or the width is no multiple of twice the heads.
     """
+    _check_sizes(hidden_size, layers, heads, intermediate_size)
     theirs = teacher.config.text_config
     text = LlamaConfig(
         hidden_size=hidden_size,
@@ -37,12 +38,7 @@ def create_student(
 
 
 def create_vlm(text: LlamaConfig, tower: CLIPVisionModel, like: MobileVlmConfig, seed: int = 0) -> MobileVlm:
-    """Build a MobileVlm around a trained tower; ``like`` gives the layer that is read and the image strategy.
-
-    Raises:
-        UsageError: a size of ``text`` is not positive, or its width is no multiple of twice the heads.
-    """
-    _check_sizes(text)
+    """Build a MobileVlm around a trained tower; ``like`` gives the layer that is read and the image strategy."""
     config = MobileVlmConfig(
         text_config=text,
         vision_config=tower.config.to_dict(),
@@ -56,18 +52,18 @@ def create_vlm(text: LlamaConfig, tower: CLIPVisionModel, like: MobileVlmConfig,
     return vlm.eval()
 
 
-def _check_sizes(text: LlamaConfig) -> None:
+def _check_sizes(hidden_size: int, layers: int, heads: int, intermediate_size: int) -> None:
     sizes = {
-        "hidden-size": text.hidden_size,
-        "layers": text.num_hidden_layers,
-        "heads": text.num_attention_heads,
-        "intermediate-size": text.intermediate_size,
+        "hidden-size": hidden_size,
+        "layers": layers,
+        "heads": heads,
+        "intermediate-size": intermediate_size,
     }
     wrong = [f"--{name} {value}" for name, value in sizes.items() if value < 1]
     if wrong:
         raise UsageError(f"{', '.join(wrong)}: sizes must be 1 or more")
-    if text.hidden_size % (2 * text.num_attention_heads):
+    if hidden_size % (2 * heads):
         raise UsageError(
-            f"--hidden-size {text.hidden_size} must be a multiple of twice --heads {text.num_attention_heads}: "
+            f"--hidden-size {hidden_size} must be a multiple of twice --heads {heads}: "
             "rotary positions turn pairs of values in each head"
         )

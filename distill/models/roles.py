@@ -1,4 +1,4 @@
-"""A MobileVlm and one batch -> what losses need of it: hidden states, visual tokens, the first layer's text-to-image attention."""
+"""A MobileVlm and a batch -> what losses need: hidden states, visual tokens, first-layer text-to-image attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from distill.models.mobilevlm import TEXT_KIND, VISION_KIND, Expanded, MobileVlm
 
@@ -52,7 +52,7 @@ def look(
     """
     visual = None if features is None else vlm.projector(features.to(vlm.dtype))  # [n, N, D]
     expanded = vlm.expand(input_ids, attention_mask, visual, labels)
-    # rows are right-padded, so the causal rule alone keeps real positions from seeing padding: no mask, SDPA's fast path
+    # rows are right-padded, so the causal rule alone hides padding from real positions: no mask, SDPA's fast path
     hidden = vlm.language_model(inputs_embeds=expanded.inputs_embeds, use_cache=False).last_hidden_state
     return Roles(expanded, hidden)
 
@@ -76,9 +76,10 @@ def text_to_image_attention(vlm: MobileVlm, expanded: Expanded, spans: Spans) ->
     The softmax runs over every key that a row sees (causal, no padding); only then is the image cut out.
     """
     layer, embeds = vlm.language_model.layers[0], expanded.inputs_embeds  # [B, L, D]
-    attention, length = layer.self_attn, embeds.shape[1]
+    assert isinstance(layer, LlamaDecoderLayer)
+    attention = layer.self_attn
     normed = layer.input_layernorm(embeds)  # [B, L, D]
-    position = torch.arange(length, device=embeds.device)[None]
+    position = torch.arange(embeds.shape[1], device=embeds.device)[None]  # [1, L]
     cos, sin = vlm.language_model.rotary_emb(embeds, position_ids=position)  # [1, L, d]
     image = torch.arange(len(spans.sample), device=embeds.device)[:, None]  # [n, 1]
     q = _heads(attention.q_proj(normed[spans.sample[:, None], spans.rows]), attention.head_dim)  # [n, H, R, d]

@@ -1,0 +1,49 @@
+"""OUTPUT.work, where an unfinished run lies: may this run begin, may it continue, and from which checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from bundle.errors import UsageError
+from bundle.staging import refuse_existing
+from distill.config import DistillConfig
+
+SETTINGS_FILE = "settings.json"  # of an unfinished run, so that it is resumed only as it began
+NOT_COMPARED = ("resume", "output", "log_steps", "save_steps", "cache_mb", "workers", "report")
+
+
+def check_output(config: DistillConfig) -> None:
+    """Refuse what would overwrite a result, lose an unfinished run, or continue it with other settings.
+
+    Raises:
+        UsageError: the output exists; an unfinished run lies there and --resume is not given; or there is none to
+            resume.
+    """
+    refuse_existing(config.output)
+    if not config.resume:
+        if config.work.exists():
+            raise UsageError(f"an unfinished run lies in {config.work}; add --resume to continue it, or remove it")
+        return
+    if last_checkpoint(config.work) is None:
+        raise UsageError(f"nothing to resume: {config.work} holds no checkpoint; run the same command without --resume")
+    before = json.loads((config.work / SETTINGS_FILE).read_text(encoding="utf-8"))
+    changed = {name: now for name, now in settings_of(config).items() if before.get(name) != now}
+    if changed:
+        listed = "; ".join(f"{name} was {before.get(name)}, is {now}" for name, now in changed.items())
+        raise UsageError(f"--resume needs the settings that {config.work} began with: {listed}")
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The newest resumable checkpoint of an unfinished run."""
+    return get_last_checkpoint(str(work)) if work.is_dir() else None
+
+
+def settings_of(config: DistillConfig) -> dict[str, Any]:
+    """The settings that decide the result, as JSON values."""
+    plain = json.loads(json.dumps(asdict(config), default=str))
+    return {name: value for name, value in plain.items() if name not in NOT_COMPARED}

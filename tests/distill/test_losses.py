@@ -1,0 +1,124 @@
+"""Loss functions on small tensors: known answers, zero for identical inputs, finite when all is masked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill import losses
+
+DIVERGENCES = [losses.forward_kl, losses.reverse_kl, losses.jensen_shannon, losses.skew_kl]
+Divergence = Callable[..., torch.Tensor]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_divergences_have_the_known_values() -> None:
+    student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.8, 0.2]]).log()
+    assert losses.forward_kl(student, teacher).item() == pytest.approx(
+        0.8 * math.log(1.6) + 0.2 * math.log(0.4), abs=1e-6
+    )
+    assert losses.reverse_kl(student, teacher).item() == pytest.approx(
+        0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), abs=1e-6
+    )
+    middle = (0.65, 0.35)
+    to_teacher = 0.8 * math.log(0.8 / middle[0]) + 0.2 * math.log(0.2 / middle[1])
+    to_student = 0.5 * math.log(0.5 / middle[0]) + 0.5 * math.log(0.5 / middle[1])
+    assert losses.jensen_shannon(student, teacher).item() == pytest.approx((to_teacher + to_student) / 2, abs=1e-6)
+    mixed = (0.1 * 0.8 + 0.9 * 0.5, 0.1 * 0.2 + 0.9 * 0.5)
+    skewed = 0.8 * math.log(0.8 / mixed[0]) + 0.2 * math.log(0.2 / mixed[1])
+    assert losses.skew_kl(student, teacher).item() == pytest.approx(skewed, abs=1e-6)
+
+
+def test_cross_entropy_leaves_ignored_targets_out() -> None:
+    logits = torch.tensor([[2.0, 0.0], [5.0, 5.0]])
+    assert losses.cross_entropy(logits, torch.tensor([1, -100])).item() == pytest.approx(
+        math.log(math.e**2 + 1), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), temperature=st.floats(0.5, 4))
+def test_divergences_are_zero_for_identical_inputs_and_positive_else(
+    divergence: Divergence, seed: int, temperature: float
+) -> None:
+    one, other = normal(3, 7, seed=seed) * 4, normal(3, 7, seed=seed + 5000) * 4
+    assert divergence(one, one, temperature=temperature).item() == pytest.approx(0, abs=1e-5)
+    assert divergence(one, other, temperature=temperature).item() > 0
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences_skip_masked_rows_and_stay_finite_without_any(divergence: Divergence) -> None:
+    student, teacher = normal(4, 9).requires_grad_(), normal(4, 9, seed=1)
+    mask = torch.tensor([True, False, True, False])
+    assert divergence(student, teacher, mask).item() == pytest.approx(divergence(student[mask], teacher[mask]).item())
+    nothing = divergence(student, teacher, torch.zeros(4, dtype=torch.bool))
+    nothing.backward()
+    assert nothing.item() == 0 and torch.equal(student.grad, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences_do_not_depend_on_the_order_of_rows_or_words(divergence: Divergence) -> None:
+    student, teacher = normal(5, 6), normal(5, 6, seed=1)
+    rows, words = torch.tensor([3, 1, 4, 0, 2]), torch.tensor([5, 0, 3, 1, 4, 2])
+    moved = divergence(student[rows][:, words], teacher[rows][:, words])
+    assert moved.item() == pytest.approx(divergence(student, teacher).item(), abs=1e-6)
+
+
+def test_temperature_keeps_the_gradient_scale() -> None:
+    student, teacher = normal(2, 5), normal(2, 5, seed=1)
+    expected = 4 * losses.forward_kl(student / 2, teacher / 2).item()
+    assert losses.forward_kl(student, teacher, temperature=2.0).item() == pytest.approx(expected)
+
+
+def test_half_precision_logits_are_compared_in_float32() -> None:
+    student = (normal(3, 50) * 30).to(torch.float16)
+    assert losses.reverse_kl(student, student).dtype == torch.float32
+    assert losses.cross_entropy(student, torch.tensor([1, 2, 3])).dtype == torch.float32
+
+
+def test_attention_mse_means_over_real_rows_only() -> None:
+    student, teacher = torch.zeros(2, 1, 2, 3), torch.zeros(2, 1, 2, 3)
+    teacher[0, 0, 0] = torch.tensor([1.0, 2.0, 3.0])
+    teacher[1, 0, 1] = 100.0
+    mask = torch.tensor([[True, True], [True, False]])
+    assert losses.attention_mse(student, teacher, mask).item() == pytest.approx(14 / 9)
+    assert losses.attention_mse(student, teacher, torch.zeros_like(mask)).item() == 0
+
+
+def test_attention_kl_ignores_how_much_of_the_attention_is_on_the_image() -> None:
+    student, teacher = normal(1, 4, 3, 6).softmax(-1), normal(1, 8, 3, 6, seed=1).softmax(-1)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    whole = losses.attention_kl(student, teacher, mask)
+    assert whole.item() > 0
+    assert losses.attention_kl(student * 0.2, teacher, mask).item() == pytest.approx(whole.item(), rel=1e-4)
+    assert losses.attention_kl(teacher, teacher, mask).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_focus_looks_at_the_tokens_with_most_attention_from_real_rows() -> None:
+    attention = torch.zeros(1, 2, 2, 4)
+    attention[0, :, 0] = torch.tensor([[0.0, 0.9, 0.0, 0.1], [0.0, 0.0, 0.2, 0.5]])  # head means .45, .1, .3
+    attention[0, :, 1, 0] = 5.0  # a masked row
+    mask = torch.tensor([[True, False]])
+    assert losses.focus_tokens(attention, mask, 2).tolist() == [[1, 3]]
+    student, teacher = torch.zeros(1, 4, 2), torch.zeros(1, 4, 2)
+    teacher[0, 3] = 2.0
+    teacher[0, 0] = 50.0
+    assert losses.focus_mse(student, teacher, attention, mask, 2).item() == pytest.approx(2.0)
+    assert losses.visual_mse(student, teacher).item() == pytest.approx((4 + 2500) / 4)
+
+
+def test_focus_on_all_tokens_is_the_visual_term() -> None:
+    student, teacher, attention = normal(2, 5, 3), normal(2, 5, 3, seed=1), normal(2, 4, 2, 5, seed=2).softmax(-1)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    expected = losses.visual_mse(student, teacher).item()
+    assert losses.focus_mse(student, teacher, attention, mask, 99).item() == pytest.approx(expected)
+    assert losses.visual_mse(student, student).item() == 0
