@@ -46,7 +46,7 @@ def answer_line(question: Question, text: str, model: str, manifest_sha256: str,
     """One line as model_vqa_loader writes it, ready to append; its metadata says which bundle answered, why it ended.
 
     Args:
-        finish: "eos", "max_new_tokens" or "context".
+        finish: why generation ended, e.g. "eos" or "max_new_tokens".
     """
     identity = f"{manifest_sha256} {question.question_id} {question.prompt}"
     line: dict[str, JsonValue] = {

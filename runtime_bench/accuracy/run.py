@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bundle.errors import UsageError
 from bundle.image import open_image, resize
 from bundle.manifest import MANIFEST_FILE, Manifest
+from bundle.prompt import build_prompt
 from bundle.session import Picture, Vlm, open_bundle
 from bundle.staging import sha256_of
 from runtime_bench.accuracy.answers import Answer, answer_line, read_answers
@@ -22,6 +23,7 @@ from runtime_bench.accuracy.registry import BENCHMARKS
 from runtime_bench.accuracy.score import BenchmarkName, Score
 
 ALL: tuple[BenchmarkName, ...] = tuple(BENCHMARKS)
+TOO_LONG = "prompt longer than context"
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,24 @@ def _ask(vlm: Vlm, digest: str, name: BenchmarkName, questions: list[Question], 
         task = progress.add_task(name, total=len(questions), completed=done)
         for question in questions[done:]:
             try:
-                said = vlm.generate(_picture(question, vlm, crop), question.text, BENCHMARKS[name].max_new_tokens)
+                text, finish = _answer(vlm, name, question, crop)
             except UsageError as error:
                 raise UsageError(f"{name} question_id '{question.question_id}': {error}") from error
-            file.write(answer_line(question, said.text, vlm.manifest.name, digest, said.finish))
+            file.write(answer_line(question, text, vlm.manifest.name, digest, finish))
             file.flush()
             progress.advance(task)
+
+
+def _answer(vlm: Vlm, name: BenchmarkName, question: Question, crop: bool) -> tuple[str, str]:
+    """Answer and why it ended; a prompt longer than the context gets no answer instead of ending the whole run."""
+    manifest = vlm.manifest
+    has_image = question.image is not None
+    prompt = build_prompt(manifest.prompt, vlm.tokenizer, manifest.tokenizer, question.text, has_image)
+    rows = len(prompt.token_ids) + (manifest.model.visual_tokens - 1 if has_image else 0)
+    if rows > manifest.model.context_length:
+        return "", TOO_LONG
+    said = vlm.generate(_picture(question, vlm, crop), question.text, BENCHMARKS[name].max_new_tokens)
+    return said.text, said.finish
 
 
 def _resume(path: Path, questions: Sequence[Question], digest: str) -> int:
@@ -148,7 +162,11 @@ def _with_warnings(score: Score, manifest: Manifest, answers: Sequence[Answer]) 
         warnings.append(
             f"asked with the bundle's template '{manifest.prompt.template}'; the published numbers are with 'v1'"
         )
+    context = f"the bundle's context of {manifest.model.context_length} tokens"
     cut = sum(answer.metadata.get("finish") == "context" for answer in answers)
     if cut:
-        warnings.append(f"{cut} answers were cut off by the bundle's context of {manifest.model.context_length} tokens")
+        warnings.append(f"{cut} answers were cut off by {context}")
+    unasked = sum(answer.metadata.get("finish") == TOO_LONG for answer in answers)
+    if unasked:
+        warnings.append(f"{unasked} questions are longer than {context}; scored as an empty answer")
     return score.model_copy(update={"warnings": tuple(warnings)})

@@ -106,7 +106,7 @@ def score(data: Path, answers: Sequence[Answer]) -> Score:
     by_prompt = [IMAGE in answer.prompt for answer in joined.answers if answer is not None]
     pictured = [bool(item["correct"]) for item in items if item["is_multimodal"]]
     correct = [bool(item["correct"]) for item in items]
-    n_pictured = sum(problem.image is not None for problem in problems.values())
+    n_pictured = sum(bool(problem.image) for problem in problems.values())
     return Score(
         benchmark="sqa",
         score=percent(pictured),
@@ -152,7 +152,7 @@ def _item(pid: str, problem: Problem, answer: Answer) -> dict[str, JsonValue]:
         "pred_idx": choice.pred_idx,
         "answer": problem.answer,
         "correct": choice.pred_idx == problem.answer,
-        "is_multimodal": problem.image is not None,
+        "is_multimodal": bool(problem.image),
     }
 
 

@@ -12,7 +12,9 @@ import pytest
 
 from bundle.errors import UsageError, VerificationError
 from bundle.image import open_image, preprocess
-from bundle.manifest import read_manifest
+from bundle.manifest import read_manifest, write_manifest
+from bundle.prompt import build_prompt
+from bundle.tokenizer import open_tokenizer
 from runtime_bench.accuracy.answers import read_answers
 from runtime_bench.accuracy.command import AccuracyConfig, ScoreConfig, accuracy, score
 from runtime_bench.accuracy.questions import spread
@@ -110,6 +112,23 @@ def test_missing_picture_ends_before_anything_is_asked(config: AccuracyConfig, d
     ):
         accuracy(AccuracyConfig(config.bundle, data, config.output))
     assert runtime.questions == 0 and not config.output.parent.exists()
+
+
+def test_question_longer_than_the_context_is_an_empty_answer(config: AccuracyConfig, runtime: Any) -> None:
+    manifest = read_manifest(config.bundle)
+    tokenizer = open_tokenizer(manifest.tokenizer, config.bundle)
+    texts = [question.text for question in BENCHMARKS["pope"].questions(config.data)]
+    prompts = [build_prompt(manifest.prompt, tokenizer, manifest.tokenizer, text, True).token_ids for text in texts]
+    rows = sorted(len(ids) - 1 + manifest.model.visual_tokens for ids in prompts)
+    room = manifest.model.model_copy(update={"context_length": rows[20] + 1})
+    write_manifest(config.bundle, manifest.model_copy(update={"model": room}))
+    too_long = sum(count > rows[20] + 1 for count in rows)
+    assert 0 < too_long < 36 and accuracy(AccuracyConfig(config.bundle, config.data, config.output, ("pope",))) == 0
+    row = read_results(config.output)[0]
+    assert row.accuracy is not None and runtime.questions == 36 - too_long
+    warnings = row.accuracy.benchmarks["pope"].warnings
+    assert any(f"{too_long} questions are longer than" in warning for warning in warnings)
+    assert any("answers were cut off" in warning for warning in warnings)
 
 
 def test_changed_bundle_is_refused(config: AccuracyConfig, runtime: object) -> None:
