@@ -1,4 +1,4 @@
-"""alignkd-doctor -> what is installed, which targets work here, the first broken layer; exit 0, or 1 for a broken one."""
+"""alignkd-doctor -> what is installed, which targets work here, the first broken layer; exit 0 or 1."""
 
 from __future__ import annotations
 

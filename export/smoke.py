@@ -141,7 +141,11 @@ def tiny_vlm(vocabulary: int) -> MobileVlm:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return MobileVlm(MobileVlmConfig(text_config=text, vision_config=vision)).eval()
+        vlm = MobileVlm(MobileVlmConfig(text_config=text, vision_config=vision)).eval()
+        for parameter in vlm.parameters():
+            if parameter.dim() == 1:  # fresh biases are 0 and norms 1: converters fold them away, unlike trained ones
+                torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+    return vlm
 
 
 def tiny_manifest(target: Target, vlm: MobileVlm, exported: ExportedGraphs) -> Manifest:
