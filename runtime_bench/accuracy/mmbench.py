@@ -134,11 +134,14 @@ def _candidates(data: Path) -> list[Path]:
 
 
 def _table_of(answers: Sequence[Answer], paths: list[Path]) -> Table:
-    """Of several tables, the one whose rows are those that were answered; the published one if they draw."""
+    """Of several tables, the one that knows most answers, then the one with fewest rows that lack one."""
     given = {str(answer.question_id) for answer in answers}
-    return min(
-        (read_table(path) for path in paths), key=lambda table: len(given ^ {str(index) for index in table.rows})
-    )
+
+    def misfit(table: Table) -> tuple[int, int]:
+        known = {str(index) for index in table.rows}
+        return len(given - known), len(known - given)
+
+    return min((read_table(path) for path in paths), key=misfit)
 
 
 def _item(row: Row, answer: Answer) -> dict[str, JsonValue]:

@@ -143,6 +143,7 @@ def test_limit_and_flags(config: AccuracyConfig, runtime: object, capsys: pytest
     assert row.accuracy is not None
     mme = row.accuracy.benchmarks["mme"]
     assert mme.n_scored == 28 and mme.score == pytest.approx(500), "two questions of each of the 14 categories"
+    assert row.accuracy.benchmarks["mmbench"].metrics["table"] == "mmbench_dev_en_20231003.tsv"
     assert "questions have no answer" in capsys.readouterr().err
     with pytest.raises(UsageError, match="--limit is 0; it must be at least 1; --threads is -2"):
         AccuracyConfig(config.bundle, config.data, limit=0, threads=-2)
