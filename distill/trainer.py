@@ -33,7 +33,7 @@ from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
 from distill.progress import ProgressLine
 from distill.rows import read_rows
-from distill.work_folder import SETTINGS_FILE, check_output, last_checkpoint, settings_of
+from distill.work_folder import SETTINGS_FILE, check_output, kept_if_resumable, last_checkpoint, settings_of
 
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -61,11 +61,13 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
     )
     images = ImageStore(processing.image, config.cache_mb << 20)
     collator = Collator(processing.tokenizer.pad_id, images)
-    trainer = DistillTrainer(module, config, dataset, collator, console)
-    begun = time.monotonic()
-    collator.features = known_features(module, rows, images, config.cache_mb << 20)  # on the trainer's device
-    _run(trainer, config, console)
-    _finish(trainer, config, processing, len(rows), time.monotonic() - begun)
+    with kept_if_resumable(config.work, console):
+        trainer = DistillTrainer(module, config, dataset, collator, console)
+        begun = time.monotonic()
+        collator.features = known_features(module, rows, images, config.cache_mb << 20)  # on the trainer's device
+        write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
+        trainer.train(resume_from_checkpoint=last_checkpoint(config.work))
+        _finish(trainer, config, processing, len(rows), time.monotonic() - begun)
     return config.output
 
 
@@ -201,6 +203,8 @@ def _open_teacher(
     config: DistillConfig, student: MobileVlm, processing: Processing, console: Console
 ) -> MobileVlm | None:
     if not config.needs_teacher or config.teacher is None:
+        if config.teacher is not None:
+            console.print(f"teacher {config.teacher} is not opened: no loss term with a weight needs it")
         return None
     teacher, theirs = load_vlm(config.teacher), read_processing(config.teacher)
     sizes = (student.config.text_config.vocab_size, teacher.config.text_config.vocab_size)
@@ -219,19 +223,6 @@ def _open_teacher(
         )
     console.print(f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen")
     return teacher
-
-
-def _run(trainer: DistillTrainer, config: DistillConfig, console: Console) -> None:
-    config.work.mkdir(parents=True, exist_ok=True)
-    write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
-    try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(config.work))
-    except BaseException:
-        if last_checkpoint(config.work) is None:
-            shutil.rmtree(config.work)  # nothing in it could be resumed
-        else:
-            console.print(f"broken off; its last checkpoint is kept in {config.work}: continue with --resume")
-        raise
 
 
 def _finish(trainer: DistillTrainer, config: DistillConfig, processing: Processing, rows: int, seconds: float) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
 from bundle.errors import UsageError
@@ -36,6 +40,19 @@ def check_output(config: DistillConfig) -> None:
     if changed:
         listed = "; ".join(f"{name} was {before.get(name)}, is {now}" for name, now in changed.items())
         raise UsageError(f"--resume needs the settings that {config.work} began with: {listed}")
+
+
+@contextmanager
+def kept_if_resumable(work: Path, console: Console) -> Iterator[None]:
+    """When the run inside breaks off, keep ``work`` if it holds a checkpoint and leave nothing otherwise."""
+    try:
+        yield
+    except BaseException:
+        if last_checkpoint(work) is None:
+            shutil.rmtree(work, ignore_errors=True)
+        else:
+            console.print(f"broken off; its last checkpoint is kept in {work}: continue with --resume")
+        raise
 
 
 def last_checkpoint(work: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def other_tokenizer(path: Path, size: int) -> None:
-    words = [f"{a}{b} {c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(2000)]
     with path.open("wb") as file:
         SentencePieceTrainer.train(
             sentence_iterator=iter(words), model_writer=file, vocab_size=size, model_type="bpe", byte_fallback=True,
