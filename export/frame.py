@@ -30,7 +30,7 @@ from bundle.manifest import (
 from bundle.runtimes.registry import open_runtime
 from bundle.staging import fresh_directory, refuse_existing, sha256_of
 from bundle.tokenizer import open_tokenizer
-from bundle.verify import replay
+from bundle.verify import relative_error, replay
 from distill.models.checkpoint import load_vlm, read_json, tower_directory, weight_files
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
@@ -38,18 +38,16 @@ from export.contract import ExportedGraphs, ExportRequest
 from export.golden_record import Probe, forced_errors, golden_case, golden_vectors, probes, run_stages
 from export.rounding import rounded_activations
 from export.shape import model_shape
-from export.targets import load_exporter
+from export.targets import PACKAGES, load_exporter
 from export.tolerances import ACTIVATIONS, stage_tolerances
 
 # KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit,
 # and a 1.7B model's float32 cache stays at 0.4 GB.
 DEFAULT_CONTEXT = 1024
 TOKENIZER_FILE = "tokenizer.model"
-PACKAGES: dict[Target, tuple[str, ...]] = {
-    "onnx": ("onnx", "onnxruntime"),
-    "executorch": ("executorch", "torchao"),
-    "coreml": ("coremltools",),
-}
+# Rounding can move a weight matrix by this much (relative L2) when its values are spread as badly as they can be;
+# normal weights move by 0.1 (int4), 0.01 (int8) and 3e-4 (fp16), a matrix packed in a wrong order by 1.4.
+WEIGHT_ERROR_LIMITS: dict[Precision, float] = {"int4": 0.4, "int8": 0.2, "fp16": 0.01, "fp32": 0.01}
 COMMON_PACKAGES = ("alignkd", "torch", "transformers", "numpy", "pillow", "sentencepiece")
 
 
@@ -145,9 +143,7 @@ def _record(
     ``vlm`` holds the dequantised weights afterwards: a second copy of a large model would not fit into memory.
     """
     in_float = outputs = [run_stages(vlm, probe) for probe in questions]
-    parameters = vlm.state_dict()
-    for name in dequantized:
-        parameters[name].copy_(dequantized[name])
+    _load_dequantized(job, vlm, dequantized)
     if dequantized:
         outputs = [run_stages(vlm, probe) for probe in questions]
     write_golden(
@@ -159,6 +155,24 @@ def _record(
     with rounded_activations(vlm, ACTIVATIONS[job.target][job.precision]):
         rounding_error = forced_errors(vlm, questions, outputs)
     return Recorded(forced_errors(vlm, questions, in_float), rounding_error)
+
+
+def _load_dequantized(job: ExportJob, vlm: MobileVlm, dequantized: Mapping[str, torch.Tensor]) -> None:
+    """Put what the files hold into ``vlm``, weight by weight.
+
+    Raises:
+        VerificationError: a weight is too far from the checkpoint's to be its rounding, so it was packed wrongly.
+    """
+    parameters, limit = vlm.state_dict(), WEIGHT_ERROR_LIMITS[job.precision]
+    for name in dequantized:
+        weight = dequantized[name]
+        error = relative_error(weight.numpy(), parameters[name].numpy())
+        if not error <= limit:
+            raise VerificationError(
+                f"the {job.target} files do not hold the checkpoint's weights at {job.precision}: '{name}' is off by "
+                f"{error:.2e}, rounding explains {limit}; {job.output} was not written: run alignkd-doctor"
+            )
+        parameters[name].copy_(weight)
 
 
 def _manifest(

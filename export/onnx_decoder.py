@@ -29,7 +29,15 @@ def write_embedding(writer: ModelWriter, vlm: MobileVlm, path: str) -> Graph:
         block = block_size_of(storage.group_size, hidden)
         data, scales = writer.blocked_matrix([name], storage.bits, block, flat=True)
         attributes = {"bits": storage.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
-        writer.op("GatherBlockQuantized", [data, "input_ids", scales], "inputs_embeds", MICROSOFT, **attributes)
+        exact = hidden % block == 0
+        inputs = [data, "input_ids", scales]
+        rows = writer.op("GatherBlockQuantized", inputs, "inputs_embeds" if exact else None, MICROSOFT, **attributes)
+        if not exact:  # the last block is padded
+            bounds = [
+                writer.constant(f"row_{name}", np.array([at]))
+                for name, at in (("from", 0), ("to", hidden), ("axis", 2))
+            ]
+            writer.op("Slice", [rows, *bounds], "inputs_embeds")
     elif storage.bits == 16:
         rows = writer.op("Gather", [writer.half_table(name), "input_ids"], axis=0)
         writer.op("Cast", [rows], "inputs_embeds", to=FLOAT)
@@ -50,17 +58,18 @@ def write_decoder(writer: ModelWriter, vlm: MobileVlm, context_length: int, path
     graph = _declare(writer, shape, path)
     lengths = _lengths(writer)
     cos, sin = _rotary_tables(writer, vlm, context_length)
-    residual = "inputs_embeds"
-    inputs = [residual, writer.vector(f"{LAYERS}.0.input_layernorm.weight")]
-    normed = writer.op("SimplifiedLayerNormalization", inputs, axis=-1, epsilon=config.rms_norm_eps, stash_type=1)
+    residual, epsilon = "inputs_embeds", config.rms_norm_eps
+    # the RMS norm of x + x with 4 epsilon is that of x with epsilon, bit for bit; onnx.checker does not know
+    # the operator without a sum
+    normed, _ = _add_and_norm(writer, 4 * epsilon, residual, residual, f"{LAYERS}.0.input_layernorm.weight")
     for layer in range(config.num_hidden_layers):
         attended = _attention(writer, shape, layer, normed, [*lengths, cos, sin])
         normed, residual = _add_and_norm(
-            writer, config, residual, attended, f"{LAYERS}.{layer}.post_attention_layernorm.weight"
+            writer, epsilon, residual, attended, f"{LAYERS}.{layer}.post_attention_layernorm.weight"
         )
         last = layer + 1 == config.num_hidden_layers
         following = "language_model.norm.weight" if last else f"{LAYERS}.{layer + 1}.input_layernorm.weight"
-        normed, residual = _add_and_norm(writer, config, residual, _mlp(writer, layer, normed), following)
+        normed, residual = _add_and_norm(writer, epsilon, residual, _mlp(writer, layer, normed), following)
     bounds = [writer.constant(f"last_{name}", np.array([value])) for name, value in LAST_ROW.items()]
     writer.linear(writer.op("Slice", [normed, *bounds]), ["lm_head.weight"], "logits")
     writer.save()
@@ -153,13 +162,13 @@ def _mlp(writer: ModelWriter, layer: int, normed: str) -> str:
     return writer.linear(product, [f"{block}.down_proj.weight"])  # [1, T, D]
 
 
-def _add_and_norm(writer: ModelWriter, config: LlamaConfig, residual: str, update: str, norm: str) -> tuple[str, str]:
+def _add_and_norm(writer: ModelWriter, epsilon: float, residual: str, update: str, norm: str) -> tuple[str, str]:
     """Add ``update`` to the residual stream -> (its RMS norm, the new residual stream)."""
     normed, _, _, total = writer.node(
         "SkipSimplifiedLayerNormalization",
         [residual, update, writer.vector(norm)],
         [f"{norm}_normed", "", "", f"{norm}_residual"],
         MICROSOFT,
-        epsilon=config.rms_norm_eps,
+        epsilon=epsilon,
     )
     return normed, total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,13 @@ def _coreml() -> Exporter:
 
 TARGETS: dict[Target, Callable[[], Exporter]] = {"executorch": _executorch, "coreml": _coreml, "onnx": _onnx}
 
+# What a target's extra installs beside torch and transformers: writes its files and runs them.
+PACKAGES: dict[Target, tuple[str, ...]] = {
+    "executorch": ("executorch", "torchao"),
+    "coreml": ("coremltools",),
+    "onnx": ("onnx", "onnxruntime"),
+}
+
 
 def known_target(name: str) -> Target:
     """Check a target's name.
@@ -53,7 +61,7 @@ def load_exporter(target: Target) -> Exporter:
     Raises:
         UsageError: a package of the target's extra is not installed.
     """
-    try:
-        return TARGETS[target]()
-    except ModuleNotFoundError as error:
-        raise missing_extra((error.name or target).split(".")[0], target) from error
+    for package in PACKAGES[target]:
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, target)
+    return TARGETS[target]()

@@ -17,7 +17,7 @@ Activations = Literal["float32", "float16", "int8"]
 # What the runtime's matrix kernels are fed.
 ACTIVATIONS: dict[Target, dict[Precision, Activations]] = {
     "onnx": {"int4": "int8", "int8": "int8", "fp16": "float32", "fp32": "float32"},
-    "executorch": {"int4": "int8", "int8": "int8", "fp16": "float32", "fp32": "float32"},
+    "executorch": {"int4": "int8", "int8": "int8", "fp16": "float16", "fp32": "float32"},
     "coreml": {"int4": "float16", "int8": "float16", "fp16": "float16", "fp32": "float32"},
 }
 
