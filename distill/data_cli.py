@@ -55,6 +55,8 @@ class MakeDemoConfig:
     """pictures to train on"""
     items: int = 60
     """test items per benchmark"""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """end with one line of JSON on stdout"""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,12 @@ def make_demo_world(config: MakeDemoConfig) -> int:
         raise UsageError("--train-scenes and --items must be at least 1")
     from distill.demo_benchmarks import make_demo
 
-    make_demo(config.output, config.seed, config.train_scenes, config.items)
+    made = make_demo(config.output, config.seed, config.train_scenes, config.items)
+    items = ", ".join(f"{name} {number}" for name, number in made.benchmarks.items())
+    print(f"{made.train_turns} training questions in {made.train_rows} conversations; benchmarks: {items}")
     print(config.output)
+    if config.json:
+        print(jsonlib.dumps({**asdict(made), "output": str(config.output)}))
     return 0
 
 

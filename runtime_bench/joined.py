@@ -25,7 +25,8 @@ class Line:
     @property
     def label(self) -> str:
         """The bundle's name without its variant, and what tells it from another run of the same bundle."""
-        name = self.bundle.name.removesuffix(f"-{self.bundle.target}-{self.bundle.precision}") or self.bundle.name
+        name, target, precision = self.bundle.name, f"-{self.bundle.target}", f"-{self.bundle.precision}"
+        name = name.removesuffix(target).removesuffix(precision).removesuffix(target) or self.bundle.name
         return f"{name} ({self.sibling})" if self.sibling else name
 
     @property
