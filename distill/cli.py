@@ -64,7 +64,7 @@ def _need_torch() -> None:
 
 def _command() -> None:
     if sys.argv[1:2] == ["init"]:
-        tyro.cli(init, args=sys.argv[2:], prog="alignkd-distill init")
+        tyro.cli(init, args=sys.argv[2:], prog="alignkd-distill init", description=init.__doc__)
     else:
         tyro.cli(distill, prog="alignkd-distill", description=DESCRIPTION)
 

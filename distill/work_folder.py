@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers.trainer_utils import get_last_checkpoint
 
 from bundle.errors import UsageError
 from bundle.staging import refuse_existing
@@ -33,8 +32,10 @@ def check_output(config: DistillConfig) -> None:
         if config.work.exists():
             raise UsageError(f"an unfinished run lies in {config.work}; add --resume to continue it, or remove it")
         return
+    if not config.work.is_dir():
+        raise UsageError(f"nothing to resume: {config.work} does not exist; run the same command without --resume")
     if last_checkpoint(config.work) is None:
-        raise UsageError(f"nothing to resume: {config.work} holds no checkpoint; run the same command without --resume")
+        return  # killed before its first checkpoint: begins again
     before = json.loads((config.work / SETTINGS_FILE).read_text(encoding="utf-8"))
     changed = {name: now for name, now in settings_of(config).items() if before.get(name) != now}
     if changed:
@@ -56,8 +57,9 @@ def kept_if_resumable(work: Path, console: Console) -> Iterator[None]:
 
 
 def last_checkpoint(work: Path) -> str | None:
-    """The newest resumable checkpoint of an unfinished run."""
-    return get_last_checkpoint(str(work)) if work.is_dir() else None
+    """The newest checkpoint of an unfinished run that was written to its end; the Trainer writes its state last."""
+    whole = [state.parent for state in work.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def settings_of(config: DistillConfig) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def test_existing_and_unfinished_outputs_are_refused(command: Command, models: P
 def test_resuming_with_other_settings_names_them(command: Command, models: Path, make_data: MakeData) -> None:
     work = models / "new.work"
     (work / "checkpoint-1").mkdir(parents=True)
+    (work / "checkpoint-1" / "trainer_state.json").write_text("{}")
     (work / "settings.json").write_text(json.dumps({"learning_rate": 4e-05}))
     words = ["--losses", "ce", "--student", models / "student", "--data", make_data(), "--output", models / "new"]
     refused(command(*words, "--learning-rate", 0.01, "--resume"), "learning_rate was 4e-05, is 0.01")

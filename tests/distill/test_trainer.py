@@ -110,6 +110,31 @@ def test_a_resumed_run_is_the_straight_run(
     assert not broken.work.exists()
 
 
+def test_a_run_whose_last_files_could_not_be_written_is_finished_by_resuming(
+    config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, losses="ce", max_steps=4)  # ends inside an epoch of three steps
+    straight = weights(train(config))
+    broken = replace(config, output=tmp_path / "broken")
+
+    def full_disk(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.trainer.save_checkpoint", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train(broken)
+    (broken.work / "checkpoint-9").mkdir()  # killed while it wrote this one
+    resumed = weights(train(replace(broken, resume=True)))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(config: DistillConfig) -> None:
+    config = replace(config, losses="ce", max_steps=2)
+    config.work.mkdir()
+    assert train(replace(config, resume=True)) == config.output
+
+
 def test_a_run_broken_off_before_its_first_checkpoint_leaves_nothing(
     config: DistillConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
