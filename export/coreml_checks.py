@@ -99,8 +99,7 @@ def _float32_results(block: Any) -> list[str]:
 
 def _check_bytes(package: Path, budget: Budget) -> None:
     """A weight that was stored twice, or not quantized, shows in the size of the file."""
-    path = weight_path(package)
-    found = path.stat().st_size if path else 0
+    found = weight_path(package).stat().st_size
     weights = sum(budget.sizes[name] * bits // 8 for name, bits in budget.bits.items())
     allowed = weights + budget.spare_bytes + BLOBS_PER_WEIGHT * BLOB_OVERHEAD_BYTES * len(budget.bits)
     if not weights <= found <= allowed:

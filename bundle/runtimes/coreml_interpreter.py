@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bundle.manifest import GraphName, Manifest
 from bundle.runtimes.contract import Floats, Ids
 from bundle.runtimes.coreml_inputs import causal_mask, gather_ids, next_position
-from bundle.runtimes.mil_program import Program, Rounding
 from bundle.runtimes.mil_proto import coremltools_folder
 from bundle.staging import inside
+
+if TYPE_CHECKING:
+    from bundle.runtimes.mil_program import Program, Rounding
 
 
 def available() -> str | None:
@@ -44,6 +47,8 @@ class CoreMlInterpreter:
     covers = "CPU semantics; Neural Engine not covered"
 
     def __init__(self, bundle: Path, manifest: Manifest, rounding: Rounding = "float32") -> None:
+        from bundle.runtimes.mil_program import Program  # scipy: not in the base install
+
         self.name = f"ML program evaluator (numpy {np.__version__}, {rounding})"
         self._shape = manifest.model
 

@@ -11,8 +11,6 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from bundle.errors import UsageError, missing_extra
 from bundle.staging import inside
 
@@ -54,8 +52,10 @@ def read_spec(package: Path) -> Any:
     Raises:
         UsageError: there is no package, or its specification is damaged.
     """
-    path = _item(package, MODEL_FILE)
     spec = model_proto().Model()
+    from google.protobuf.message import DecodeError  # comes with coremltools, not with the base install
+
+    path = _item(package, MODEL_FILE)
     try:
         spec.ParseFromString(path.read_bytes())
     except DecodeError as error:
@@ -65,10 +65,9 @@ def read_spec(package: Path) -> Any:
     return spec
 
 
-def weight_path(package: Path) -> Path | None:
-    """The package's weight file; None when all its constants are in the specification."""
-    path = package / DATA_FOLDER / WEIGHT_FILE
-    return path if path.is_file() else None
+def weight_path(package: Path) -> Path:
+    """The package's weight file; it is absent when all constants are in the specification."""
+    return package / DATA_FOLDER / WEIGHT_FILE
 
 
 def _item(package: Path, name: str) -> Path:

@@ -32,11 +32,10 @@ BLOB_SENTINEL = 0xDEADBEEF
 class WeightFile:
     """weight.bin, mapped and not read; a blob is copied out when it is asked for."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.bytes: NDArray[np.uint8] = (
-            np.zeros(0, np.uint8) if path is None or not path.stat().st_size else np.memmap(path, np.uint8, mode="r")
-        )
+        empty = not path.is_file() or not path.stat().st_size  # numpy maps no empty file
+        self.bytes: NDArray[np.uint8] = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
 
     def blob(self, offset: int) -> NDArray[np.uint8]:
         """The bytes of the blob whose 64-byte metadata record stands at ``offset``.
@@ -50,7 +49,7 @@ class WeightFile:
             if sentinel == BLOB_SENTINEL and start + size <= self.bytes.size:
                 return self.bytes[start : start + size]
         raise UsageError(
-            f"{self.path}: no whole blob at byte {offset}; the file is damaged: copy or export the bundle again"
+            f"{self.path}: no whole blob at byte {offset}; the file is damaged or missing: export the bundle again"
         )
 
 
