@@ -44,6 +44,6 @@ def run_command(command: Callable[[], int | None]) -> None:
         sys.stderr.write(f"error: {line}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped by the user; nothing half-written was left behind\n")
+        sys.stderr.write("stopped by the user\n")
         sys.exit(130)
     sys.exit(code or 0)
