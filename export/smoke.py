@@ -144,7 +144,7 @@ def tiny_vlm(vocabulary: int) -> MobileVlm:
         vlm = MobileVlm(MobileVlmConfig(text_config=text, vision_config=vision)).eval()
         for parameter in vlm.parameters():
             if parameter.dim() == 1:  # fresh biases are 0 and norms 1: converters fold them away, unlike trained ones
-                torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+                torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
     return vlm
 
 

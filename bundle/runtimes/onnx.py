@@ -55,11 +55,14 @@ class OnnxRuntime:
         # threads that spin while they wait take the cores from everything else: 2 to 5 times slower on a busy host
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
+        state = engine.capi.onnxruntime_pybind11_state
+        refusals = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.InvalidArgument, state.NoSuchFile)
+
         def session(name: GraphName) -> onnxruntime.InferenceSession:
             path = inside(bundle, manifest.graphs[name].path, "graph path")
             try:
                 return engine.InferenceSession(str(path), options, providers=[PROVIDER])
-            except engine.capi.onnxruntime_pybind11_state.Fail as error:
+            except refusals as error:
                 raise UsageError(f"onnxruntime refuses {path}: {error}; export the bundle again") from error
 
         self._vision = session("vision_encoder")
