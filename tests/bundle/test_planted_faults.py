@@ -15,27 +15,42 @@ import pytest
 from PIL import Image
 
 from bundle import image, verify_cli
-from bundle.manifest import GraphName, file_records, read_manifest, write_manifest
+from bundle.manifest import GraphName, Precision, file_records, read_manifest, write_manifest
 
 pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 
 REFERENCE = Path(__file__).parents[1] / "golden/reference"
 
 
+def export(output: Path, precision: Precision) -> Path:
+    from export.frame import ExportJob, export_bundle
+
+    export_bundle(ExportJob(REFERENCE / "student", "onnx", precision, output), lambda line: None)
+    return output
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference student as an ONNX bundle in float32, where nothing hides behind a wide tolerance."""
-    from export.frame import ExportJob, export_bundle
+    return export(tmp_path_factory.mktemp("exported") / "student-fp32", "fp32")
 
-    output = tmp_path_factory.mktemp("exported") / "student-fp32"
-    export_bundle(ExportJob(REFERENCE / "student", "onnx", "fp32", output), lambda line: None)
-    return output
+
+@pytest.fixture(scope="session")
+def exported_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same at int4, as users ship it."""
+    return export(tmp_path_factory.mktemp("exported") / "student-int4", "int4")
 
 
 @pytest.fixture
 def bundle(exported: Path, tmp_path: Path) -> Path:
     """A copy to be spoilt."""
     return Path(shutil.copytree(exported, tmp_path / "spoilt"))
+
+
+@pytest.fixture
+def int4_bundle(exported_int4: Path, tmp_path: Path) -> Path:
+    """A copy to be spoilt."""
+    return Path(shutil.copytree(exported_int4, tmp_path / "spoilt-int4"))
 
 
 @pytest.fixture
@@ -65,12 +80,13 @@ def graph_file(folder: Path, graph: GraphName) -> Path:
 
 
 def alter_one_weight(folder: Path, graph: GraphName, element: int) -> Path:
-    """Add 1 to one element of the graph's largest tensor, in its external data file -> that file."""
+    """Add 1 to one element of the graph's largest float32 tensor (at int4: of scales) -> the data file it lies in."""
     import onnx
 
     path = graph_file(folder, graph)
     model = onnx.load(str(path), load_external_data=False)
-    largest = max(model.graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)))
+    floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and t.external_data]
+    largest = max(floats, key=lambda tensor: int(np.prod(tensor.dims)))
     place = {entry.key: entry.value for entry in largest.external_data}
     data = path.parent / place["location"]
     values = np.memmap(data, np.float32, "r+", offset=int(place["offset"]), shape=(int(np.prod(largest.dims)),))
@@ -145,6 +161,22 @@ def test_swapped_key_and_value_caches_are_stage_greedy_tokens(bundle: Path, veri
     code, err, result = verify(bundle)
     assert code == 3 and "stage 'greedy_tokens'" in err
     assert result["verdicts"][0]["first_bad_stage"] == "greedy_tokens", "a prefill starts from empty caches"
+
+
+def test_faults_in_an_int4_bundle(int4_bundle: Path, verify: Callable) -> None:
+    assert verify(int4_bundle)[0] == 0
+    swap_key_and_value_caches(int4_bundle)
+    rewrite(int4_bundle)
+    code, err, _ = verify(int4_bundle)
+    assert code == 3 and "stage 'greedy_tokens'" in err
+    alter_one_weight(int4_bundle, "text_decoder", 100)
+    rewrite(int4_bundle)
+    code, err, _ = verify(int4_bundle)
+    assert code == 3 and "stage 'first_logits'" in err, "the stage before the swap shows in"
+    alter_one_weight(int4_bundle, "vision_encoder", 100)
+    rewrite(int4_bundle)
+    code, err, _ = verify(int4_bundle)
+    assert code == 3 and "stage 'visual_tokens'" in err
 
 
 def test_another_tokenizer_is_stage_prompt(bundle: Path, verify: Callable) -> None:
