@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -20,7 +17,6 @@ from bundle.manifest import (
     Manifest,
     Parity,
     Precision,
-    Source,
     Stage,
     StageParity,
     Target,
@@ -28,17 +24,18 @@ from bundle.manifest import (
     write_manifest,
 )
 from bundle.runtimes.registry import open_runtime
-from bundle.staging import fresh_directory, refuse_existing, sha256_of
+from bundle.staging import fresh_directory, refuse_existing
 from bundle.tokenizer import open_tokenizer
-from bundle.verify import relative_error, replay
-from distill.models.checkpoint import load_vlm, read_json, tower_directory, weight_files
+from bundle.verify import replay
+from distill.models.checkpoint import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from export.contract import ExportedGraphs, ExportRequest
 from export.golden_record import Probe, forced_errors, golden_case, golden_vectors, probes, run_stages
+from export.provenance import environment_of, source_of
 from export.rounding import rounded_activations
 from export.shape import model_shape
-from export.targets import PACKAGES, load_exporter
+from export.targets import load_exporter
 from export.tolerances import ACTIVATIONS, stage_tolerances
 
 # KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit,
@@ -48,7 +45,6 @@ TOKENIZER_FILE = "tokenizer.model"
 # Rounding can move a weight matrix by this much (relative L2) when its values are spread as badly as they can be;
 # normal weights move by 0.1 (int4), 0.01 (int8) and 3e-4 (fp16), a matrix packed in a wrong order by 1.4.
 WEIGHT_ERROR_LIMITS: dict[Precision, float] = {"int4": 0.4, "int8": 0.2, "fp16": 0.01, "fp32": 0.01}
-COMMON_PACKAGES = ("alignkd", "torch", "transformers", "numpy", "pillow", "sentencepiece")
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,8 @@ def _load_dequantized(job: ExportJob, vlm: MobileVlm, dequantized: Mapping[str, 
     parameters, limit = vlm.state_dict(), WEIGHT_ERROR_LIMITS[job.precision]
     for name in dequantized:
         weight = dequantized[name]
-        error = relative_error(weight.numpy(), parameters[name].numpy())
+        wanted = parameters[name].norm().clamp_min(torch.finfo(torch.float32).tiny)
+        error = float((weight - parameters[name]).norm() / wanted)
         if not error <= limit:
             raise VerificationError(
                 f"the {job.target} files do not hold the checkpoint's weights at {job.precision}: '{name}' is off by "
@@ -187,9 +184,9 @@ def _manifest(
         name=job.name or f"{job.checkpoint.resolve().name}-{job.target}-{job.precision}",
         target=job.target,
         precision=job.precision,
-        source=_source(job.checkpoint),
+        source=source_of(job.checkpoint),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        environment=_environment(job.target),
+        environment=environment_of(job.target),
         model=model_shape(vlm, context_length),
         graphs=exported.graphs,
         quantization=exported.quantization,
@@ -199,22 +196,6 @@ def _manifest(
         golden=Golden(vectors=VECTORS_FILE, cases=CASES_FILE, tolerances=tolerances),
         files={},
     )
-
-
-def _source(checkpoint: Path) -> Source:
-    config = read_json(checkpoint / "config.json", checkpoint)
-    tower = tower_directory(checkpoint, config)
-    files = weight_files(checkpoint) + ([] if tower is None else weight_files(tower))
-    digests = [sha256_of(file) for file in files]
-    combined = digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode()).hexdigest()
-    return Source(name=checkpoint.resolve().name, architecture=config["architectures"][0], weights_sha256=combined)
-
-
-def _environment(target: Target) -> dict[str, str]:
-    found = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
-    packages = (*COMMON_PACKAGES, *PACKAGES[target])
-    versions = {name: found[name] for name in packages if name in found}
-    return {"python": platform.python_version(), "platform": platform.platform(), **versions}
 
 
 def _check(folder: Path, job: ExportJob, manifest: Manifest, quantization_error: dict[Stage, float]) -> Parity:
