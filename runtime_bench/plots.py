@@ -79,13 +79,23 @@ def pareto_figure(lines: Sequence[Line]) -> Figure | None:
         "height": 440,
         "margin": {"l": 64, "r": 24, "t": 44, "b": 60},
         "xaxis": {"title": {"text": choices[0][0].title}, "rangemode": "tozero", "automargin": True},
-        "yaxis": {"title": {"text": "accuracy, %" if len(shared) == 1 else "mean accuracy, %"}, "automargin": True},
+        "yaxis": {
+            "title": {"text": "accuracy, %" if len(shared) == 1 else "mean accuracy, %"},
+            "range": _room([y for trace in data for y in trace["y"]]),
+            "automargin": True,
+        },
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
     }
     buttons = [
         {"label": axis.title, "visible": [owner == i for owner in owners]} for i, (axis, _) in enumerate(choices)
     ]
     return {"data": data, "layout": layout, "buttons": buttons}
+
+
+def _room(values: list[float]) -> list[float]:
+    """Range of an axis in percent: the values and space for their labels, never below zero."""
+    margin = max(3.0, 0.12 * (max(values) - min(values)))
+    return [max(0.0, min(values) - margin), max(values) + margin]
 
 
 def _traces(axis: Axis, lines: Sequence[Line], shared: Sequence[str]) -> list[Figure]:
