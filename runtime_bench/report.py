@@ -83,7 +83,7 @@ def render_report(rows: Sequence[Row], sources: Sequence[Path] = ()) -> str:
         shared=[TITLES.get(name, name) for name in shared_benchmarks(lines)],
         benchmarks=[benchmark_note(name, lines) for name in all_benchmarks(lines)],
         excludes=sorted({row.excludes for row in rows if row.excludes}),
-        commands=commands(rows, sources),
+        commands=commands(rows),
         sources=[str(path) for path in sources],
         dash=DASH,
     )
@@ -150,20 +150,23 @@ def memory_cells(run: Row | None) -> tuple[tuple[str, str], ...]:
     return tuple((name, number(None if value is None else value / MB)) for name, value in cells)
 
 
-def commands(rows: Sequence[Row], sources: Sequence[Path]) -> list[str]:
-    """The commands that make these results again, one run command per set of settings."""
+def commands(rows: Sequence[Row]) -> list[str]:
+    """The commands that make these results again: a run per set of settings, one accuracy per row, the report."""
     runs: dict[str, list[str]] = {}
+    scored: dict[str, str] = {}
     for row in rows:
         if row.settings is not None:
             runs.setdefault(_flags(row.settings), []).append(shlex.quote(row.bundle.path))
-    asked = [f"alignkd-bench run {' '.join(dict.fromkeys(paths))} {flags}" for flags, paths in runs.items()]
-    asked += [
-        f"alignkd-bench accuracy {shlex.quote(row.bundle.path)} --data {shlex.quote(row.accuracy.data)}"
-        for row in rows
-        if row.accuracy is not None
-    ]
-    files = " ".join(shlex.quote(str(path)) for path in sources) or "results.json"
-    return [*dict.fromkeys(asked), f"alignkd-bench report {files} --output report.html"]
+        if row.accuracy is not None:
+            output = f"accuracy-{len(scored) + 1}.json"
+            data = shlex.quote(row.accuracy.data)
+            scored[output] = f"alignkd-bench accuracy {shlex.quote(row.bundle.path)} --data {data} --output {output}"
+    measured = {
+        f"results-{i}.json": f"alignkd-bench run {' '.join(dict.fromkeys(paths))} {flags} --output results-{i}.json"
+        for i, (flags, paths) in enumerate(runs.items(), 1)
+    }
+    report = f"alignkd-bench report {' '.join([*measured, *scored])} --output report.html"
+    return [*measured.values(), *scored.values(), report]
 
 
 def _flags(settings: Settings) -> str:

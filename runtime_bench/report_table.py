@@ -65,6 +65,11 @@ def number(value: float | None, blank: str = DASH) -> str:
 
 def _notes(lines: Sequence[Line], benchmarks: Sequence[str], shared: Sequence[str]) -> list[str]:
     notes = ["size MB: the graph files; tokenizer, manifest and golden vectors are not counted."]
+    if any(line.peak_bytes is not None for line in lines):
+        notes.append(
+            "peak MB: the whole process, Python and the engine's bindings included (ExecuTorch's load torch); "
+            "a phone's app has neither, so compare within a target."
+        )
     if any(cell is None for line in lines for cell in (line.run, line.scores or None)):
         notes.append(f"{DASH} not measured (alignkd-bench run gives speed, alignkd-bench accuracy gives scores).")
     notes += [_emulated_note(line) for line in lines if line.emulated]

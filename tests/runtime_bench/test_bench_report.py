@@ -16,7 +16,7 @@ from rich.console import Console
 from bundle.errors import UsageError
 from runtime_bench.joined import join_rows, shared_benchmarks
 from runtime_bench.plots import pareto_figure, pareto_front, ttft_figure
-from runtime_bench.report import render_report, write_report
+from runtime_bench.report import commands, render_report, write_report
 from runtime_bench.report_table import DASH, number, result_table, to_markdown, to_text
 from runtime_bench.result import Row
 
@@ -161,19 +161,29 @@ def test_the_page_loads_nothing_from_elsewhere_and_has_every_row() -> None:
     assert not re.search(r"@import|url\(\s*['\"]?https?:", html[: html.index("<script>")])
     table = result_table(join_rows(rows_of_three_targets()))
     assert page.cells == [cell for row in table.cells for cell in row]
-    assert "Plotly" in page.scripts[0] and len(page.scripts) == 2
-    figures = json.loads(re.search(r"const figures = (.*);\n", page.scripts[1])[1])  # type: ignore[index]
+    assert "Plotly" in page.scripts[1] and len(page.scripts) == 3
+    figures = json.loads(re.search(r"const figures = (.*);\n", page.scripts[2])[1])  # type: ignore[index]
     assert {"pareto", "ttft"} == set(figures)
     for wanted in ("Times exclude much.", "30.0, 31.0, 29.0", "29.0 to 31.0", "--new-tokens 8", "a processor", "llava"):
         assert wanted in html
+
+
+def test_the_commands_make_the_results_again() -> None:
+    rows = [make_row("a b", speeds=SPEEDS), make_row("c", speeds=SPEEDS), make_row("c", speeds=SPEEDS, threads=4)]
+    flags = "--warmup 1 --repeats 3 --load-repeats 1 --prompt-tokens 60 --new-tokens 8 --threads"
+    assert commands([*rows, make_row("c", scores=SIX)]) == [
+        f"alignkd-bench run 'out/a b' out/c {flags} 1 --output results-1.json",
+        f"alignkd-bench run out/c {flags} 4 --output results-2.json",
+        "alignkd-bench accuracy out/c --data data --output accuracy-1.json",
+        "alignkd-bench report results-1.json results-2.json accuracy-1.json --output report.html",
+    ]
 
 
 def test_the_page_without_scores_or_speeds_says_so() -> None:
     html = render_report([make_row(speeds=SPEEDS)])
     assert "No plot: no bundle has both" in html
     only = render_report([make_row(scores=SIX)])
-    assert "Plotly" not in only or "graph files" in only
-    assert "scored only" in only
+    assert "scored only" in only and "Where the time to the first token goes" not in only
 
 
 def test_a_name_cannot_become_markup() -> None:
