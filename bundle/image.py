@@ -28,20 +28,21 @@ DAMAGE = (
 )  # fmt: skip  # what Pillow's decoders raise on damaged files
 
 
-def open_image(source: str | Path | bytes) -> Image.Image:
-    """Decode an image file, or its bytes, to RGB.
+def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """Decode an image file, its bytes, or a picture that Pillow has opened but not yet read, to RGB.
 
     Raises:
         UsageError: it is missing, no image, truncated, or too large.
     """
-    name = "the image bytes" if isinstance(source, bytes) else f"image {source}"
-    if not isinstance(source, bytes) and not Path(source).is_file():
+    name = f"image {source}" if isinstance(source, str | Path) else "the given image"
+    if isinstance(source, str | Path) and not Path(source).is_file():
         raise UsageError(f"{name} does not exist or is no file; give the path of a PNG, JPEG or other picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large pictures and palette transparency: both handled here
+            if isinstance(source, Image.Image):
+                return to_rgb(source)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                image.load()
                 return to_rgb(image)
     except UnidentifiedImageError as error:
         raise UsageError(
@@ -53,6 +54,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB, by Pillow's conversion; 16-bit grey by its high byte."""
+    image.load()
     if image.mode == "RGB":
         return image.copy()
     if image.mode.startswith("I;16"):

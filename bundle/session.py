@@ -154,7 +154,7 @@ class Vlm:
         text = text_ids(prompt.token_ids, image_id)
         times.prompt_tokens = len(text) + (self.manifest.model.visual_tokens if image is not None else 0)
         self._check_context(times.prompt_tokens)
-        pixels = None if image is None else self._pixels(image)  # [1, 3, S, S]
+        pixels = None if image is None else preprocess(open_image(image), self.manifest.image)  # [1, 3, S, S]
         times.preprocess_ms = _ms_since(start)
         visual = None
         if pixels is not None:
@@ -166,10 +166,6 @@ class Vlm:
         rows = splice(prompt.token_ids, image_id, embeddings, visual)  # [1, L, D]
         times.embed_ms = _ms_since(before)
         return rows
-
-    def _pixels(self, image: Picture) -> Floats:
-        opened = image if isinstance(image, Image.Image) else open_image(image)
-        return preprocess(opened, self.manifest.image)
 
     def _check_context(self, prompt_tokens: int) -> None:
         model = self.manifest.model

@@ -123,6 +123,13 @@ def test_a_truncated_file_is_one_line_that_names_it(
         open_image(path)
 
 
+def test_a_picture_opened_but_truncated_is_one_line(tmp_path: Path, picture: Image.Image) -> None:
+    content = png(picture)
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with Image.open(tmp_path / "cut.png") as lazy, pytest.raises(UsageError, match="the given image is damaged"):
+        open_image(lazy)
+
+
 def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="gone.png does not exist"):
         open_image(tmp_path / "gone.png")
@@ -131,7 +138,7 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UsageError, match="text.png is no picture that Pillow can read"):
         open_image(tmp_path / "text.png")
-    with pytest.raises(UsageError, match="the image bytes is no picture"):
+    with pytest.raises(UsageError, match="the given image is no picture"):
         open_image(b"")
 
 
