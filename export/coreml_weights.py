@@ -93,7 +93,12 @@ def read_back(package: Path, weights: Mapping[str, torch.Tensor], bits: Mapping[
     by_name = {name: stored[flat_name(name)] for name in weights if flat_name(name) in stored}
     values: dict[str, torch.Tensor] = {}
     for name, wanted in weights.items():
-        weight = by_name.get(name) or _twin(name, wanted, weights, by_name, package)
+        weight = by_name.get(name) or _twin(wanted, weights, by_name)
+        if weight is None and _neutral(wanted):
+            values[name] = wanted.clone()
+            continue
+        if weight is None:
+            raise VerificationError(f"{package.name}: the converted program holds no constant for weight '{name}'")
         if weight.bits != bits[name]:
             raise VerificationError(
                 f"{package.name}: weight '{name}' is stored in {weight.bits} bits, asked for {bits[name]}"
@@ -104,17 +109,16 @@ def read_back(package: Path, weights: Mapping[str, torch.Tensor], bits: Mapping[
 
 
 def _twin(
-    name: str,
-    wanted: torch.Tensor,
-    weights: Mapping[str, torch.Tensor],
-    by_name: Mapping[str, StoredWeight],
-    package: Path,
-) -> StoredWeight:
-    """coremltools stores equal constants once (all-one norms): a weight of the same values stands for ``name``."""
-    for other, weight in by_name.items():
-        if weights[other].shape == wanted.shape and torch.equal(weights[other], wanted):
-            return weight
-    raise VerificationError(f"{package.name}: the converted program holds no constant for weight '{name}'")
+    wanted: torch.Tensor, weights: Mapping[str, torch.Tensor], by_name: Mapping[str, StoredWeight]
+) -> StoredWeight | None:
+    """coremltools stores equal constants once: another weight with the same float values."""
+    same = (name for name in by_name if weights[name].shape == wanted.shape and torch.equal(weights[name], wanted))
+    return next((by_name[name] for name in same), None)
+
+
+def _neutral(wanted: torch.Tensor) -> bool:
+    """coremltools drops a product with ones and a sum with zeros, such as a norm that was never trained."""
+    return bool((wanted == 1).all() or (wanted == 0).all())
 
 
 def _compare(package: Path, name: str, wanted: NDArray[np.float32], weight: StoredWeight) -> None:

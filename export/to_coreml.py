@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ TRACED_ROWS, TRACED_END = 4, 12
 class Part:
     """One graph before it is written."""
 
-    name: GraphName
     module: torch.nn.Module
     example: tuple[torch.Tensor, ...]
     graph: Graph
@@ -39,21 +38,32 @@ def export_coreml(request: ExportRequest) -> ExportedGraphs:
         UsageError: coremltools is missing, or the model has a part that the decoder does not compute.
         VerificationError: a written package is not what was asked for.
     """
-    refuse_unsupported(request.vlm)
-    load_coremltools()
-    weights = request.vlm.state_dict()
     graphs: dict[GraphName, Graph] = {}
     quantization: dict[GraphName, GraphQuantization] = {}
     dequantized: dict[str, torch.Tensor] = {}
-    for make in (_vision, _embedding, _decoder):
-        part = make(request)
-        rules = {name: _storage(name, weights[name], request.precision) for name, _ in part.module.named_parameters()}
-        values = _write(request, part, {name: weights[name] for name in rules}, rules)
-        dequantized |= {name: value for name, value in values.items() if not torch.equal(value, weights[name])}
-        graphs[part.name] = part.graph
-        quantization[part.name] = describe(part.name, rules, {name: weights[name].numel() for name in rules})
-        request.progress(f"{part.name.replace('_', ' ')} written: {part.graph.path}")
+    for name in PARTS:
+        graphs[name], quantization[name], changed = export_graph(request, name)
+        dequantized |= changed
+        request.progress(f"{name.replace('_', ' ')} written: {graphs[name].path}")
     return ExportedGraphs(graphs, quantization, dequantized)
+
+
+def export_graph(request: ExportRequest, name: GraphName) -> tuple[Graph, GraphQuantization, dict[str, torch.Tensor]]:
+    """Write one of the three packages; the last value holds the weights that differ from the checkpoint's.
+
+    Raises:
+        UsageError, VerificationError: as ``export_coreml``.
+    """
+    refuse_unsupported(request.vlm)
+    load_coremltools()
+    weights = request.vlm.state_dict()
+    part = PARTS[name](request)
+    rules = {
+        weight: _storage(weight, weights[weight], request.precision) for weight, _ in part.module.named_parameters()
+    }
+    values = _write(request, part, {weight: weights[weight] for weight in rules}, rules)
+    changed = {weight: value for weight, value in values.items() if not torch.equal(value, weights[weight])}
+    return part.graph, describe(name, rules, _sizes(values)), changed
 
 
 def _storage(name: str, weight: torch.Tensor, precision: Precision) -> Storage:
@@ -107,7 +117,7 @@ def _vision(request: ExportRequest) -> Part:
             Tensor(name="visual_tokens", dtype=dtype, shape=(1, config.visual_tokens, config.text_config.hidden_size)),
         ),
     )
-    return Part("vision_encoder", CoreMlVision(request.vlm), (torch.rand(1, 3, size, size),), graph)
+    return Part(CoreMlVision(request.vlm), (torch.rand(1, 3, size, size),), graph)
 
 
 def _embedding(request: ExportRequest) -> Part:
@@ -118,7 +128,7 @@ def _embedding(request: ExportRequest) -> Part:
         outputs=(Tensor(name="embeddings", dtype=dtype, shape=(1, None, width)),),
     )
     ids = torch.ones(1, TRACED_ROWS, dtype=torch.int32)
-    return Part("token_embedding", CoreMlEmbedding(request.vlm), (ids,), graph)
+    return Part(CoreMlEmbedding(request.vlm), (ids,), graph)
 
 
 def _decoder(request: ExportRequest) -> Part:
@@ -137,7 +147,14 @@ def _decoder(request: ExportRequest) -> Part:
     )
     example = (torch.rand(1, TRACED_ROWS, text.hidden_size), torch.zeros(1, 1, TRACED_ROWS, TRACED_END))
     tables = 2 * module.cos.numel() * (4 if dtype == "float32" else 2)
-    return Part("text_decoder", module, example, graph, tables)
+    return Part(module, example, graph, tables)
+
+
+PARTS: dict[GraphName, Callable[[ExportRequest], Part]] = {
+    "vision_encoder": _vision,
+    "token_embedding": _embedding,
+    "text_decoder": _decoder,
+}
 
 
 def describe(name: GraphName, rules: Mapping[str, Storage], sizes: Mapping[str, int]) -> GraphQuantization:
