@@ -1,1 +1,1 @@
-"""The contract every room shares: manifest, prompt, image, tokenizer, session, golden vectors, verdict. Never imports torch."""
+"""The contract every room shares: manifest, prompt, image, tokenizer, session, golden vectors, verdict; no torch."""

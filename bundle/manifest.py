@@ -141,7 +141,7 @@ class Source(Frozen):
 class Manifest(Frozen):
     """The whole contract of one bundle: one target at one precision."""
 
-    manifest_version: Literal[1] = MANIFEST_VERSION
+    manifest_version: Literal[1] = 1
     name: str
     target: Target
     precision: Precision
@@ -230,7 +230,7 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
             )
         if sha256_of(path) != record.sha256:
             raise VerificationError(
-                f"{bundle}: file '{name}' was changed (sha256 differs from the manifest); copy or export the bundle again"
+                f"{bundle}: file '{name}' was changed (its sha256 differs); copy or export the bundle again"
             )
     unlisted = sorted(
         p.relative_to(bundle).as_posix()

@@ -1,4 +1,4 @@
-"""Safe files: outputs are built aside and renamed when whole; names from a manifest or data set cannot leave their folder."""
+"""Safe files: outputs are built aside and renamed when whole; names from outside cannot leave their folder."""
 
 from __future__ import annotations
 

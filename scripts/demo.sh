@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-demo_out}
 STEPS=${STEPS:-1500}
 LIMIT=${LIMIT:-0} # questions per benchmark; 0 = all
-TEACHER=distill/demo_teacher
+TEACHER=${TEACHER:-distill/demo_teacher}
 DATA=$OUT/data
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 

@@ -1,4 +1,4 @@
-"""The installed torch -> JSON on stdout: version, build and the hash of its file list, to notice a later replacement."""
+"""The installed torch -> JSON on stdout: version and the hash of its file list, to notice a later replacement."""
 
 from __future__ import annotations
 

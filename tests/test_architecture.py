@@ -21,7 +21,8 @@ COMMANDS = {
     "alignkd-doctor": "bundle.doctor_cli",
 }
 HEAVY = (
-    "torch", "transformers", "torchao", "executorch", "coremltools", "onnx", "onnxruntime", "scipy", "plotly", "skimage",
+    "torch", "transformers", "torchao", "executorch", "coremltools", "onnx", "onnxruntime", "scipy", "plotly",
+    "skimage",
 )  # fmt: skip
 # A finder that refuses them, as if they were not installed (None in sys.modules would count as imported for tyro).
 BLOCK = """

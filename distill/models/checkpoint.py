@@ -1,4 +1,4 @@
-"""Checkpoint directory (ours, or the published mtgv layout) -> MobileVlm in evaluation mode; safetensors only, no code."""
+"""Checkpoint directory (ours, or the published mtgv layout) -> MobileVlm for inference; safetensors only, no code."""
 
 from __future__ import annotations
 
@@ -44,19 +44,24 @@ def load_vlm(path: str | Path, dtype: torch.dtype = torch.float32) -> MobileVlm:
     config = read_json(folder / "config.json", folder)
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture == PUBLISHED_ARCHITECTURE:
-        return _load_published(folder, config).to(dtype).eval()
-    if architecture == OUR_ARCHITECTURE:
-        return _fill(MobileVlm(MobileVlmConfig.from_dict(config)), read_weights(folder), folder).to(dtype).eval()
-    raise UsageError(
-        f"{folder}: architecture '{architecture}' is not supported; supported: {PUBLISHED_ARCHITECTURE} "
-        f"(MobileVLM V2 as published), {OUR_ARCHITECTURE} (made by alignkd-distill)"
-    )
+        vlm = _load_published(folder, config)
+    elif architecture == OUR_ARCHITECTURE:
+        vlm = _fill(MobileVlm(MobileVlmConfig.from_dict(config)), read_weights(folder), folder)
+    else:
+        raise UsageError(
+            f"{folder}: architecture '{architecture}' is not supported; supported: {PUBLISHED_ARCHITECTURE} "
+            f"(MobileVLM V2 as published), {OUR_ARCHITECTURE} (made by alignkd-distill)"
+        )
+    vlm.to(dtype=dtype)
+    return vlm.eval()
 
 
 def read_json(path: Path, folder: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint, or one line that says what is missing."""
     if not path.is_file():
-        raise UsageError(f"{folder} is no checkpoint: {path.name} is missing; give a directory with config.json and *.safetensors")
+        raise UsageError(
+            f"{folder} is no checkpoint: {path.name} is missing; give a directory with config.json and *.safetensors"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -95,8 +100,14 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def _load_published(folder: Path, config: dict[str, Any]) -> MobileVlm:
     if config.get("mm_projector_type") != "ldpnetv2":
-        raise UsageError(f"{folder}: mm_projector_type '{config.get('mm_projector_type')}' is not supported; supported: ldpnetv2")
-    state = {_rename(name, folder): tensor for name, tensor in read_weights(folder).items() if not name.endswith(IGNORED_SUFFIXES)}
+        raise UsageError(
+            f"{folder}: mm_projector_type '{config.get('mm_projector_type')}' is not supported; supported: ldpnetv2"
+        )
+    state = {
+        _rename(name, folder): tensor
+        for name, tensor in read_weights(folder).items()
+        if not name.endswith(IGNORED_SUFFIXES)
+    }
     tower_folder = tower_directory(folder, config)
     if not any(name.startswith("vision_tower.") for name in state):
         if tower_folder is None:
@@ -134,8 +145,8 @@ def tower_directory(folder: Path, config: dict[str, Any]) -> Path | None:
 
 def _no_tower(folder: Path, config: dict[str, Any]) -> UsageError:
     return UsageError(
-        f"{folder} has no vision tower: none in its weights, and mm_vision_tower '{config.get('mm_vision_tower')}' is no "
-        f"folder on this disk; put the CLIP tower (config.json, model.safetensors) into {folder.parent} under that name"
+        f"{folder} has no vision tower: none in its weights, and mm_vision_tower '{config.get('mm_vision_tower')}' is "
+        f"no folder on this disk; put the CLIP tower (config.json, model.safetensors) into {folder.parent} under that name"
     )
 
 
@@ -143,7 +154,9 @@ def _vision_config(folder: Path, config: dict[str, Any], tower_folder: Path | No
     if tower_folder is None:
         raise _no_tower(folder, config)
     raw = read_json(tower_folder / "config.json", tower_folder)
-    return CLIPVisionConfig(**{k: v for k, v in raw.get("vision_config", raw).items() if k not in ("architectures", "model_type")})
+    return CLIPVisionConfig(
+        **{k: v for k, v in raw.get("vision_config", raw).items() if k not in ("architectures", "model_type")}
+    )
 
 
 def _tower_weights(tower_folder: Path) -> dict[str, torch.Tensor]:
@@ -161,11 +174,13 @@ def _fill(model: MobileVlm, state: dict[str, torch.Tensor], folder: Path) -> Mob
     extra = sorted(set(state) - set(wanted))
     if missing or extra:
         raise UsageError(
-            f"{folder}: weights do not fit the config: {len(missing)} missing (first: {missing[:1]}), {len(extra)} unknown "
-            f"(first: {extra[:1]})"
+            f"{folder}: weights do not fit the config: {len(missing)} missing (first: {missing[:1]}), "
+            f"{len(extra)} unknown (first: {extra[:1]})"
         )
     for name, tensor in state.items():
         if tensor.shape != wanted[name].shape:
-            raise UsageError(f"{folder}: '{name}' has shape {list(tensor.shape)}, the config asks for {list(wanted[name].shape)}")
+            raise UsageError(
+                f"{folder}: '{name}' has shape {list(tensor.shape)}, the config asks for {list(wanted[name].shape)}"
+            )
     model.load_state_dict(state)
     return model

@@ -39,7 +39,9 @@ class MobileVlmConfig(PreTrainedConfig):
     ) -> None:
         self.text_config = LlamaConfig(**text_config) if isinstance(text_config, dict) else text_config or LlamaConfig()
         self.vision_config = (
-            CLIPVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config or CLIPVisionConfig()
+            CLIPVisionConfig(**vision_config)
+            if isinstance(vision_config, dict)
+            else vision_config or CLIPVisionConfig()
         )
         self.vision_select_layer = vision_select_layer
         self.projector_type = projector_type
@@ -51,7 +53,7 @@ class MobileVlmConfig(PreTrainedConfig):
     @property
     def patch_grid(self) -> int:
         """Patches per side of the tower."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+        return int(self.vision_config.image_size) // int(self.vision_config.patch_size)
 
     @property
     def visual_tokens(self) -> int:
@@ -159,7 +161,9 @@ class MobileVlm(PreTrainedModel):
         kinds[target] = TEXT_KIND
         embeds = embeds.index_put(target, self.get_input_embeddings()(input_ids[text_at]).to(embeds.dtype))
         if visual_tokens is not None:
-            embeds = embeds.index_put((kinds == VISION_KIND).nonzero(as_tuple=True), visual_tokens.flatten(0, 1).to(embeds.dtype))
+            embeds = embeds.index_put(
+                (kinds == VISION_KIND).nonzero(as_tuple=True), visual_tokens.flatten(0, 1).to(embeds.dtype)
+            )
         spread_labels = None
         if labels is not None:
             spread_labels = labels.new_full((batch, length), -100)
@@ -193,7 +197,11 @@ class MobileVlm(PreTrainedModel):
 
     @torch.no_grad()
     def greedy(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, max_new_tokens: int, eos_ids: tuple[int, ...] = ()
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        max_new_tokens: int,
+        eos_ids: tuple[int, ...] = (),
     ) -> list[int]:
         """Greedy continuation of one sequence [1, T] with a KV cache; stops after an id of ``eos_ids``."""
         visual = None if pixel_values is None else self.encode_images(pixel_values)
