@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bundle.errors import UsageError
 from bundle.staging import fresh_directory
-from distill.demo_formats import WRITERS, save_image
-from distill.demo_world import PAIRS, SEEN_PAIRS, UNSEEN_PAIRS, Scene, draw, make_scene
-from distill.demo_world_questions import FAMILIES, TEXT_FAMILIES, Question, conversation, describe, text_conversation
+from distill.demo_world.files import save_image
+from distill.demo_world.gqa_files import write_gqa
+from distill.demo_world.lessons import FAMILIES, TEXT_FAMILIES, conversation, drill, text_conversation
+from distill.demo_world.mmbench_files import write_mmbench
+from distill.demo_world.mme_files import write_mme
+from distill.demo_world.open_questions import describe
+from distill.demo_world.pope_files import write_pope
+from distill.demo_world.question import Question
+from distill.demo_world.scene import PAIRS, SEEN_PAIRS, UNSEEN_PAIRS, Scene, draw, make_scene
+from distill.demo_world.sqa_files import write_sqa
+from distill.demo_world.textvqa_files import write_textvqa
 
-TURNS = 5  # questions on one training scene
-TEXT_SHARE = 0.05  # rows without an image
-DESCRIBED_SHARE = 0.5  # pictures that are described at the end of the conversation, where no question can copy from it
+TURNS = 5  # questions on one scene, or in one row without an image
+DRILL_TURNS = 12  # terse questions on one scene
+# kind of row -> share: a small decoder reads pictures through descriptions and drills, which are rich in answers, and
+# sits on the language prior for long without them
+LESSONS = {"describe": 0.15, "drill": 0.35, "instruct": 0.45, "text": 0.05}
 BARE_SHARE = 0.15  # questions without the benchmarks' suffix, as a user of the app asks
 TRAIN, TEST, UNSEEN = "train", "test", "unseen_pairs"
 
 Row = dict[str, Any]  # one entry of a LLaVA file
+WRITERS: dict[str, Callable[[Path, random.Random, int], int]] = {
+    "gqa": write_gqa,
+    "sqa": write_sqa,
+    "textvqa": write_textvqa,
+    "pope": write_pope,
+    "mme": write_mme,
+    "mmbench": write_mmbench,
+}
 
 
 @dataclass(frozen=True)
@@ -76,29 +95,37 @@ def make_demo(output: Path, seed: int, train_scenes: int, test_items_per_benchma
 def training_rows(
     folder: Path, rng: random.Random, scenes: int, pairs: tuple[tuple[str, str], ...] = SEEN_PAIRS
 ) -> list[Row]:
-    """Draw ``scenes`` conversations; pictures go to images/train."""
+    """Draw ``scenes`` conversations of the kinds in LESSONS; pictures go to images/train."""
     rows: list[Row] = []
     for number in range(scenes):
         name = f"{TRAIN}_{number:06d}"
-        if rng.random() < TEXT_SHARE:
-            rows.append({"id": name, "conversations": turns(text_conversation(rng, TURNS), False, rng)})
+        lesson = rng.choices(list(LESSONS), list(LESSONS.values()))[0]
+        if lesson == "text":
+            rows.append({"id": name, "conversations": turns(text_conversation(rng, TURNS), False)})
             continue
         scene = make_scene(rng, pairs)
         image = f"images/{TRAIN}/{name}.jpg"
         save_image(folder / image, draw(scene, rng))
-        questions = conversation(scene, rng, TURNS)
-        if rng.random() < DESCRIBED_SHARE:
-            questions.append(describe(scene, rng))
-        rows.append({"id": name, "image": image, "conversations": turns(questions, True, rng)})
+        questions = _lesson(lesson, scene, rng)
+        rows.append(
+            {"id": name, "image": image, "conversations": turns(questions, True, lambda: rng.random() < BARE_SHARE)}
+        )
     return rows
 
 
-def turns(questions: list[Question], with_image: bool, rng: random.Random | None) -> list[dict[str, str]]:
-    """Questions -> LLaVA turns, the image marker in front of the first; ``rng`` leaves some suffixes out."""
+def _lesson(name: str, scene: Scene, rng: random.Random) -> list[Question]:
+    if name == "describe":
+        return [describe(scene, rng)]
+    return drill(scene, rng, DRILL_TURNS) if name == "drill" else conversation(scene, rng, TURNS)
+
+
+def turns(
+    questions: list[Question], with_image: bool, bare: Callable[[], bool] = lambda: False
+) -> list[dict[str, str]]:
+    """Questions -> LLaVA turns, the image marker in front of the first; ``bare`` says whether to leave a suffix out."""
     written = []
     for number, asked in enumerate(questions):
-        bare = rng is not None and not asked.choices and rng.random() < BARE_SHARE
-        text = asked.body if bare else asked.prompt
+        text = asked.body if not asked.choices and bare() else asked.prompt
         marker = "<image>\n" if with_image and number == 0 else ""
         written.append({"from": "human", "value": marker + text})
         written.append({"from": "gpt", "value": asked.answer})
@@ -118,7 +145,7 @@ def held_out_rows(folder: Path, name: str, rng: random.Random, per_family: int) 
                 scene, asked = _ask(rng, family, unseen=name == UNSEEN)
                 row["image"] = f"images/{name}/{row['id']}.jpg"
                 save_image(folder / row["image"], draw(scene, rng))
-            rows.append(row | {"conversations": turns([asked], family in FAMILIES, None)})
+            rows.append(row | {"conversations": turns([asked], family in FAMILIES)})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Words of the demo world -> tokenizer.model: llama-style sentencepiece BPE in which a word of the world is one token."""
+"""Words of the demo world -> tokenizer.model: llama-style sentencepiece BPE, one token for each word of the world."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ import re
 from pathlib import Path
 
 from bundle.prompt import TEMPLATES
-from distill.demo_world import ANIMALS, make_scene
-from distill.demo_world_questions import (
-    LETTER_ANSWER,
-    LETTERS,
-    SHORT_ANSWER,
-    Question,
-    conversation,
-    describe,
-    text_conversation,
-)
+from distill.demo_world.lessons import conversation, text_conversation
+from distill.demo_world.open_questions import describe
+from distill.demo_world.question import LETTER_ANSWER, LETTERS, SHORT_ANSWER, Question
+from distill.demo_world.scene import make_scene
 
 VOCABULARY = 768  # 259 bytes and specials; the rest makes every word below one token
 CORPUS_SCENES = 4000
 # How often a line stands in the corpus decides what is merged first: words before sentences, so that no token ends
-# inside a word; Spanish is left in pieces.
-WORD_LINES, SENTENCE_LINES, SPANISH_LINES = 3000, 600, 300
+# inside a word.
+WORD_LINES, SENTENCE_LINES = 3000, 600
 AFTER_NEWLINE = ("What", "Is", "How", "Where", "Does", "Which", "what", "Answer", "Reference", "Context", "Describe")
 
 
@@ -69,7 +63,7 @@ def corpus(rng: random.Random) -> list[str]:
     words = dict.fromkeys(
         word for text in (*_texts(rng), system, *fixed) for word in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", text)
     )
-    lines = [word for word in words for _ in range(SPANISH_LINES if word in ANIMALS.values() else WORD_LINES)]
+    lines = [word for word in words for _ in range(WORD_LINES)]
     # what stands after a line feed has no blank in front: different first characters keep it apart from them
     lines += [before + word for word in AFTER_NEWLINE for before in "?0!" for _ in range(WORD_LINES // 3)]
     lines += [before + text for text in fixed for before in ("?", "0", "!", "") for _ in range(SENTENCE_LINES)]

@@ -32,10 +32,7 @@ PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 UNSEEN_PAIRS = (("red", "star"), ("blue", "cross"), ("yellow", "circle"), ("cyan", "triangle"))
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
-ANIMALS = {  # word -> Spanish, for the translation questions
-    "CAT": "gato", "DOG": "perro", "COW": "vaca", "PIG": "cerdo",
-    "FOX": "zorro", "OX": "buey", "FISH": "pez", "BEAR": "oso",
-}  # fmt: skip
+ANIMALS = ("CAT", "DOG", "COW", "PIG", "FOX", "OX", "FISH", "BEAR")
 THINGS = (
     "TV", "PC", "CAR", "BUS", "CUP", "HAT", "KEY", "PEN",
     "SUN", "SEA", "TREE", "MOON", "BOAT", "LAMP", "ROAD", "MILK",
