@@ -14,11 +14,11 @@ from bundle.manifest import Precision, Stage, Target
 
 Activations = Literal["float32", "float16", "int8"]
 
-# What the runtime's matrix kernels are fed.
+# What the runtime's matrix kernels are fed. Core ML keeps keys and values in float16 at every precision.
 ACTIVATIONS: dict[Target, dict[Precision, Activations]] = {
     "onnx": {"int4": "int8", "int8": "int8", "fp16": "float32", "fp32": "float32"},
     "executorch": {"int4": "int8", "int8": "int8", "fp16": "float16", "fp32": "float32"},
-    "coreml": {"int4": "float16", "int8": "float16", "fp16": "float16", "fp32": "float32"},
+    "coreml": {"int4": "float16", "int8": "float16", "fp16": "float16", "fp32": "float16"},
 }
 
 # Tolerance of a stage when rounding activations moves nothing (relative L2).
