@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from bundle.errors import UsageError
+from bundle.runtimes import blas_threads as blas_threads_module
+from bundle.runtimes.blas_threads import blas_threads
 from bundle.runtimes.mil_graph import OPERATIONS, Node, block_of
 from bundle.runtimes.mil_program import Program
 from bundle.runtimes.mil_proto import read_spec, weight_path
@@ -355,3 +357,19 @@ def test_a_cache_is_updated_in_place_only_when_its_old_rows_are_spent() -> None:
     assert in_place_updates(cache_nodes(Node("relu", {"x": "view"}, ("y",), True))) == set()
     assert in_place_updates(cache_nodes(Node("relu", {"x": "old"}, ("y",), True))) == set()
     assert in_place_updates(cache_nodes(Node("relu", {"x": "new"}, ("y",), True))) == set()
+
+
+# --- threads ---
+
+
+def test_threads_are_given_back() -> None:
+    library = blas_threads_module.openblas()
+    assert library is not None, "numpy's wheels for Linux carry OpenBLAS"
+    before = library[blas_threads_module.GET]()
+    with blas_threads(3):
+        assert library[blas_threads_module.GET]() == 3
+        with blas_threads(None):
+            assert library[blas_threads_module.GET]() == 3
+    with pytest.raises(ZeroDivisionError), blas_threads(2):
+        _ = 1 / 0
+    assert library[blas_threads_module.GET]() == before
