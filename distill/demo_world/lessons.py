@@ -52,51 +52,56 @@ def conversation(scene: Scene, rng: random.Random, turns: int, families: Iterabl
     return questions
 
 
-def drill(scene: Scene, rng: random.Random, turns: int) -> list[Question]:
-    """Terse questions on one scene, to learn looking things up before learning the wordings: "top left?" """
-    questions: list[Question] = []
-    for name in rng.choices(tuple(TERSE), k=turns):
-        asked = TERSE[name](scene, rng)
-        if asked is not None:
-            questions.append(asked)
-    return questions
-
-
 def text_conversation(rng: random.Random, turns: int) -> list[Question]:
     """Questions without an image."""
     return [rng.choice(list(TEXT_FAMILIES.values()))(rng) for _ in range(turns)]
 
 
-# ---- terse forms, for the first lessons of a decoder
+# family -> how often a drill draws it; "place" is the drill's own
+DRILLS = {
+    "place": 1.0, "colour": 1.0, "shape": 1.0, "where": 1.0, "word": 0.7, "existence": 1.0, "relation": 1.5,
+    "count": 1.0, "place_check": 0.7, "word_check": 0.7, "count_check": 0.7, "choice": 2.5,
+}  # fmt: skip
+# full wording -> terse wording; the first pattern that fits
+TERSE = tuple(
+    (re.compile(pattern), wording)
+    for pattern, wording in (
+        (r"What (color|shape) is (?:the shape )?in the (.+)\?", r"\1 \2?"),
+        (r"What colou?r is the shape in the (.+)\?", r"color \1?"),
+        (r"What colou?r is the (\w+)\?", r"\1?"),
+        (r"What shape is (\w+)\?", r"\1?"),
+        (r"Where is the (.+)\?", r"\1?"),
+        (r"What is the word in the image\?", "word?"),
+        (r"Is (?:the word in this image|this poster titled) (\w+)\?", r"Is the word \1?"),
+        (r"(Is there a \w+ \w+) in (?:the|this) image\?", r"\1?"),
+        (r"(Is there a shape in the \w+ \w+) of this image\?", r"\1?"),
+        (r"(How many .+) are there\?", r"\1?"),
+        (r"(Is the number of .+) in this image (\d)\?", r"\1 \2?"),
+    )
+)
 
 
-def terse_place(scene: Scene, rng: random.Random) -> Question | None:
-    """Place -> what is there."""
+def drill(scene: Scene, rng: random.Random, turns: int) -> list[Question]:
+    """Up to ``turns`` terse questions on one scene, to learn looking things up before learning the wordings."""
+    questions = []
+    for name in rng.choices(list(DRILLS), list(DRILLS.values()), k=turns):
+        asked = what_is_there(scene, rng) if name == "place" else FAMILIES[name][1](scene, rng)
+        if asked is not None:
+            questions.append(terse(asked))
+    return questions
+
+
+def what_is_there(scene: Scene, rng: random.Random) -> Question:
+    """Place -> colour and shape."""
     thing = rng.choice(scene.things)
     return Question(DESCRIBE, f"{place_name(thing.cell)}?", f"{thing.colour} {thing.shape}")
 
 
-def terse(asker: Asker, pattern: str) -> Asker:
-    """The same question, cut to what the groups of a regular expression find in it."""
-
-    def ask(scene: Scene, rng: random.Random) -> Question | None:
-        asked = asker(scene, rng)
-        found = re.match(pattern, asked.text) if asked is not None else None
-        if asked is None or found is None:
-            return None
-        return Question(DESCRIBE, f"{found[1]}?", asked.answer)
-
-    return ask
-
-
-TERSE: dict[str, Asker] = {
-    "place": terse_place,
-    "colour": terse(colour, r"What colou?r is the (\w+)\?"),
-    "shape": terse(shape, r"What shape is (\w+)\?"),
-    "where": terse(where, r"Where is the (.+)\?"),
-    "word": terse(word, r"What is the (word)"),
-    "existence": terse(existence, r"(Is there a \w+ \w+)"),
-    "count": terse(count, r"(How many .+) are there"),
-    "relation": terse(relation, r"(.+)\?"),
-    "place_check": terse(place_check, r"(Is there a shape in the \w+ \w+)"),
-}
+def terse(asked: Question) -> Question:
+    """The same question in few words, without suffix and context; options stay."""
+    text = asked.text
+    for pattern, wording in TERSE:
+        if pattern.fullmatch(text):
+            text = pattern.sub(wording, text)
+            break
+    return Question(DESCRIBE, text, asked.answer, asked.choices)

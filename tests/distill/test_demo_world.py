@@ -23,7 +23,7 @@ from bundle.errors import UsageError
 from distill import demo_benchmarks
 from distill.demo_benchmarks import DemoSummary, make_demo
 from distill.demo_world.choices import category_choice
-from distill.demo_world.lessons import FAMILIES, conversation, drill
+from distill.demo_world.lessons import FAMILIES, conversation, drill, terse
 from distill.demo_world.open_questions import describe
 from distill.demo_world.question import LETTERS, SHORT_ANSWER, Question
 from distill.demo_world.scene import (
@@ -226,28 +226,36 @@ def test_description_names_every_cell_that_holds_something() -> None:
         assert all(f"{place_name(thing.cell)} {thing.colour} {thing.shape}" in parts for thing in scene.things)
 
 
-def test_drill_asks_the_same_tersely() -> None:
-    asked = [(scene, question) for scene, rng in scenes(200) for question in drill(scene, rng, 14)]
-    assert {"place", "pair", "colour", "shape", "word", "How", "Is"} <= {kind(question) for _, question in asked}
+@pytest.mark.parametrize(
+    ("full", "short"),
+    [
+        ("What color is the shape in the top left?", "color top left?"),
+        ("What colour is the star?", "star?"),
+        ("What shape is in the top left?", "shape top left?"),
+        ("Where is the red star?", "red star?"),
+        ("Is the red star above the blue star?", "Is the red star above the blue star?"),
+        ("Is the number of red shapes in this image 2?", "Is the number of red shapes 2?"),
+        ("Is this poster titled CAT?", "Is the word CAT?"),
+        ("Is there a shape in the top left of this image?", "Is there a shape in the top left?"),
+    ],
+)
+def test_drill_asks_the_same_tersely(full: str, short: str) -> None:
+    asked = terse(Question("any", full, "A", ("red", "blue"), "Context: x."))
+    assert asked.prompt == f"{short}\nA. red\nB. blue"
+    assert asked.answer == "A"
+
+
+def test_drill_is_true_and_has_every_kind() -> None:
+    asked = [(scene, question) for scene, rng in scenes(200) for question in drill(scene, rng, 12)]
+    firsts = {question.text.split()[0] for _, question in asked}
+    assert {"top", "color", "red", "star?", "word?", "How", "Is"} <= firsts
+    assert any(question.choices for _, question in asked)
     for scene, question in asked:
-        assert question.prompt == question.text
         places = {place_name(thing.cell): f"{thing.colour} {thing.shape}" for thing in scene.things}
-        if kind(question) == "place":
-            assert question.answer == places[question.text.rstrip("?")]
-        if kind(question) == "pair":
-            assert places[question.answer] == question.text.rstrip("?")
-        if kind(question) == "word":
-            assert question.answer == scene.word
-
-
-def kind(question: Question) -> str:
-    """What a terse question names."""
-    words = question.text.rstrip("?").split()
-    if words[0] in ("How", "Is", "word"):
-        return words[0]
-    if len(words) == 2:
-        return "pair" if words[0] in COLOURS else "place"
-    return "colour" if words[0] in COLOURS else "shape"
+        given = question.choices[LETTERS.index(question.answer)] if question.choices else question.answer
+        named = question.text.rstrip("?")
+        assert named not in places or given == places[named]
+        assert named not in places.values() or places[given] == named
 
 
 # ---- the written files
