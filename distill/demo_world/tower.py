@@ -1,4 +1,4 @@
-"""Scenes with a label for every cell -> a small CLIP tower whose patch features say what is where."""
+"""Scenes with a label for every cell -> a small CLIP tower whose patch features say what is in the patch's cell."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ from distill.demo_world.scene import (
 SELECTED_LAYER = -2  # as in every published checkpoint; the last layer stays untrained and unused
 WORD_SHARE = 0.7  # of the pictures; words are the hardest to tell apart
 WORD_WEIGHT = 2.0  # extra loss weight of the cells with a word: one in thirteen
+DISTANCE_WEIGHT = 4.0  # of the mean square to the wanted features, beside the cross entropies
+LOGIT = 8.0
 NOTHING = {"colour": len(COLOURS), "shape": len(SHAPES), "word": len(LEXICON)}
-# what a cell's visual token must tell, and the number of answers
+# what a cell's patches must tell, and the number of answers; "cell" keeps its place readable
 LABELS = {
     "colour": len(COLOURS) + 1,
     "shape": len(SHAPES) + 1,
     "word": len(LEXICON) + 1,
     "background": len(BACKGROUNDS),
+    "cell": CELLS,
 }
 IMAGE = ImageSpec(
     size=IMAGE_SIZE,
@@ -48,7 +51,7 @@ IMAGE = ImageSpec(
 
 
 class Labelled(TypedDict):
-    """One picture [96, 96, 3] uint8 and its labels [9, 4] in the order of LABELS."""
+    """One picture [96, 96, 3] uint8 and its labels [9, 5] in the order of LABELS."""
 
     pictures: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -74,7 +77,7 @@ class LabelledScenes(Dataset[Labelled]):
 
 
 def cell_labels(scene: Scene) -> NDArray[np.int64]:
-    """What every cell holds [9, 4]."""
+    """What every cell holds [9, 5]."""
     rows = []
     for cell in range(CELLS):
         thing = scene.at(cell)
@@ -85,21 +88,30 @@ def cell_labels(scene: Scene) -> NDArray[np.int64]:
                 NOTHING["shape"] if thing is None else SHAPES.index(thing.shape),
                 NOTHING["word"] if word is None else LEXICON.index(word),
                 BACKGROUNDS.index(scene.background),
+                cell,
             )
         )
     return np.array(rows, np.int64)
 
 
 class TowerPretraining(nn.Module):
-    """A tower and a linear reader of its features, averaged over the 2x2 patches of a cell as LDPv2 averages them."""
+    """A tower whose every patch shall say what its cell holds, as a sum of fixed orthogonal code vectors.
 
+    A linear reader would be content with features in which shapes are faint beside colours; a decoder then finds it
+    hard to look for a shape. With fixed codes of one length every label is as loud as every other, and features have
+    variance 1.
+    """
+
+    codes: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, config: CLIPVisionConfig) -> None:
+    def __init__(self, config: CLIPVisionConfig, seed: int) -> None:
         super().__init__()
         self.tower = CLIPVisionModel(config)
-        self.reader = nn.Linear(config.hidden_size, sum(LABELS.values()))
+        answers, draw_codes = sum(LABELS.values()), torch.Generator().manual_seed(seed)
+        codes = torch.linalg.qr(torch.randn(config.hidden_size, answers, generator=draw_codes))[0].T  # [A, D]
+        self.register_buffer("codes", codes * (config.hidden_size / len(LABELS)) ** 0.5, persistent=False)
         self.register_buffer("mean", torch.tensor(IMAGE.mean) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE.std) * 255, persistent=False)
 
@@ -108,38 +120,50 @@ class TowerPretraining(nn.Module):
         pixels = ((pictures.float() - self.mean) / self.std).permute(0, 3, 1, 2)  # [B, 3, 96, 96]
         return self.tower(pixels, output_hidden_states=True).hidden_states[SELECTED_LAYER][:, 1:]
 
-    def read(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """pictures -> logits [B, 9, answers] for each label."""
-        patches = self.features(pictures).transpose(1, 2)  # [B, D, 36]
-        side = round(patches.shape[2] ** 0.5)
-        cells = F.adaptive_avg_pool2d(patches.unflatten(2, (side, side)), GRID).flatten(2).transpose(1, 2)  # [B, 9, D]
-        return dict(zip(LABELS, self.reader(cells).split(list(LABELS.values()), -1), strict=True))
+    def wanted(self, labels: torch.Tensor) -> torch.Tensor:
+        """labels [B, 36, 5] -> features [B, 36, D] that would say just that."""
+        books = self.codes.split(list(LABELS.values()))
+        return torch.stack([book[labels[..., i]] for i, book in enumerate(books)]).sum(0)
+
+    def read(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """features [B, 36, D] -> logits [B, 36, answers] for each label, the code's own share being LOGIT."""
+        logits = LOGIT * features @ self.codes.T / self.codes[0].square().sum()  # [B, 36, A]
+        return dict(zip(LABELS, logits.split(list(LABELS.values()), -1), strict=True))
 
     def forward(self, pictures: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sum of the labels' cross entropies, the cells with a word counted more."""
-        logits = self.read(pictures)
-        losses = [
-            F.cross_entropy(logits[name].flatten(0, 1), labels[..., i].flatten()) for i, name in enumerate(LABELS)
+        """Distance to the wanted features, and the labels' cross entropies, words counted more."""
+        patches = to_patches(labels)  # [B, 36, 5]
+        features = self.features(pictures)
+        logits = self.read(features)
+        losses = [DISTANCE_WEIGHT * F.mse_loss(features, self.wanted(patches))]
+        losses += [
+            F.cross_entropy(logits[name].flatten(0, 1), patches[..., i].flatten()) for i, name in enumerate(LABELS)
         ]
-        word = labels[..., list(LABELS).index("word")]
+        word = patches[..., list(LABELS).index("word")]
         there = word != NOTHING["word"]
         losses.append(WORD_WEIGHT * F.cross_entropy(logits["word"][there], word[there]))
         return {"loss": torch.stack(losses).sum()}
 
 
+def to_patches(labels: torch.Tensor) -> torch.Tensor:
+    """Labels of cells [B, 9, 5] -> of their patches [B, 36, 5]."""
+    grid = labels.unflatten(1, (GRID, GRID))
+    return grid.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
+
+
 def pretrain_tower(
     config: CLIPVisionConfig, work: Path, pool: int, steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> tuple[CLIPVisionModel, dict[str, float]]:
-    """Train a tower; return it and its accuracy per label, over cells, on new pictures."""
+    """Train a tower; return it and its accuracy per label, over patches, on new pictures."""
     torch.manual_seed(seed)
-    module = TowerPretraining(config)
+    module = TowerPretraining(config, seed)
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.1,
+        warmup_steps=0.08,
         weight_decay=0.01,
         optim="adamw_torch_fused",
         seed=seed,
@@ -156,9 +180,9 @@ def pretrain_tower(
 
 @torch.no_grad()
 def read_accuracy(module: TowerPretraining, scenes: LabelledScenes) -> dict[str, float]:
-    """Share of right labels; colour, shape and word over the cells that have one."""
-    rows = [module.read(part) for part in torch.from_numpy(scenes.pictures).split(250)]
-    labels = torch.from_numpy(scenes.labels)
+    """Share of right labels; colour, shape and word over the patches that have one."""
+    rows = [module.read(module.features(part)) for part in torch.from_numpy(scenes.pictures).split(250)]
+    labels = to_patches(torch.from_numpy(scenes.labels))
     accuracy = {}
     for number, name in enumerate(LABELS):
         right = torch.cat([row[name] for row in rows]).argmax(-1) == labels[..., number]
