@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import tomllib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -16,19 +16,11 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_torch_is_the_pinned_version() -> None:
     assert version("torch").split("+")[0] == "2.13.0"
 
 
-def test_no_install_replaced_torch() -> None:
+def test_no_install_replaced_torch(load_script: Callable[[str], ModuleType]) -> None:
     kept = Path(sys.prefix) / "torch-fingerprint.json"
     if not kept.is_file():
         pytest.skip("needs the environment that `make test` builds: it records torch before the other packages")
