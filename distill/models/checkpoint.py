@@ -146,7 +146,7 @@ def tower_directory(folder: Path, config: dict[str, Any]) -> Path | None:
 def _no_tower(folder: Path, config: dict[str, Any]) -> UsageError:
     return UsageError(
         f"{folder} has no vision tower: none in its weights, and mm_vision_tower '{config.get('mm_vision_tower')}' is "
-        f"no folder on this disk; put the CLIP tower (config.json, model.safetensors) into {folder.parent} under that name"
+        f"no folder on this disk; put the CLIP tower (config.json, model.safetensors) into {folder.parent} by that name"
     )
 
 
