@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # The python bindings know the llama and quantized kernels only once these two have been imported.
 KERNELS = ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized")
 ENGINE = "executorch.extension.pybindings.portable_lib"
+MAGIC = b"ET"  # then the format's version, 12 today
 _OPEN: WeakSet[ExecuTorchRuntime] = WeakSet()  # runtimes of this process that hold on to its thread pool
 
 
@@ -83,34 +84,21 @@ class ExecuTorchRuntime:
     def __init__(self, engine: ModuleType, bundle: Path, manifest: Manifest) -> None:
         self.name = f"executorch {importlib.metadata.version('executorch')}"
         self._context_length = manifest.model.context_length
-        self._programs: dict[str, Any] = {}
-        self._vision = self._method(engine, bundle, manifest, "vision_encoder")
-        self._embedding = self._method(engine, bundle, manifest, "token_embedding")
-        self._decoder = self._method(engine, bundle, manifest, "text_decoder")
         self._position = 0
-
-    def _method(self, engine: ModuleType, bundle: Path, manifest: Manifest, name: GraphName) -> Any:
-        graph = manifest.graphs[name]
-        path = inside(bundle, graph.path, "graph path")
-        try:
-            if graph.path not in self._programs:
-                # the stronger verification is not compiled into the wheel and says so on stderr
-                self._programs[graph.path] = engine._load_program(
-                    str(path), program_verification=engine.Verification.Minimal
-                )
-            return self._programs[graph.path].load_method(graph.method or name)
-        except RuntimeError as error:
-            raise UsageError(f"executorch refuses {path}: {error}; export the bundle again") from error
+        self._methods = {
+            name: _load(engine, inside(bundle, graph.path, "graph path"), graph.method or name)
+            for name, graph in manifest.graphs.items()
+        }
 
     @property
     def position(self) -> int:
         return self._position
 
     def encode_image(self, pixel_values: Floats) -> Floats:
-        return self._run(self._vision, pixel_values.astype(np.float32))
+        return self._run("vision_encoder", pixel_values.astype(np.float32))
 
     def embed(self, input_ids: Ids) -> Floats:
-        return self._run(self._embedding, input_ids.astype(np.int64))
+        return self._run("token_embedding", input_ids.astype(np.int64))
 
     def decode(self, inputs_embeds: Floats) -> Floats:
         rows = inputs_embeds.astype(np.float32)  # [1, T, D]
@@ -123,7 +111,7 @@ class ExecuTorchRuntime:
         longest = self._context_length - 1  # rows that one call takes
         for start in range(0, rows.shape[1], longest):
             segment = np.ascontiguousarray(rows[:, start : start + longest])
-            logits = self._run(self._decoder, segment, np.array([self._position + start], np.int64))  # [1, V]
+            logits = self._run("text_decoder", segment, np.array([self._position + start], np.int64))  # [1, V]
         self._position = end
         return logits[0]
 
@@ -132,12 +120,25 @@ class ExecuTorchRuntime:
         self._position = 0
 
     def close(self) -> None:
-        del self._vision, self._embedding, self._decoder
-        self._programs.clear()
+        self._methods.clear()
         _OPEN.discard(self)
 
-    @staticmethod
-    def _run(method: Any, *inputs: NDArray[Any]) -> Floats:
+    def _run(self, name: GraphName, *inputs: NDArray[Any]) -> Floats:
         import torch
 
-        return method.call([torch.from_numpy(values) for values in inputs])[0].numpy()
+        return self._methods[name].call([torch.from_numpy(values) for values in inputs])[0].numpy()
+
+
+def _load(engine: ModuleType, path: Path, method: str) -> Any:
+    """A method in a program of its own.
+
+    Methods of one program share their memory: an embedding between two decoder calls was seen to overwrite K and V.
+    """
+    with path.open("rb") as file:
+        if file.read(8)[4:6] != MAGIC:  # the engine ends the process on some files that are none of its own
+            raise UsageError(f"{path} is not an ExecuTorch program; export the bundle again")
+    try:
+        # the stronger verification is not compiled into the wheel, and says so on stderr
+        return engine._load_program(str(path), program_verification=engine.Verification.Minimal).load_method(method)
+    except RuntimeError as error:
+        raise UsageError(f"executorch refuses {path}: {error}; export the bundle again") from error
