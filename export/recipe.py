@@ -44,10 +44,13 @@ REST = QuantRule(r".*", 32)  # norms, biases, position and class embeddings: und
 
 # First match wins. Decoder linears are 90 % of the bytes and all of the decode bandwidth, so int4 goes there; the
 # vision tower runs once per image and is compute bound, so 8 bits cost it no time and have a tenth of the error.
+# Head and embedding, measured on two trained demo models (error of the first logits against float, then of 32 answer
+# tokens): all int4 1.8e-2 to 4.5e-2, then 2.0e-2 to 1.0e-1; both int8 0.8e-2 to 3.5e-2, then 0.8e-2 to 5.1e-2. They are
+# 10 % of a 1.7B model's weights, and only the head is read whole for each token.
 RECIPES: dict[Precision, tuple[QuantRule, ...]] = {
     "int4": (
         QuantRule(DECODER_LINEARS, 4, 32),
-        QuantRule(HEAD, 8),  # every token's ranking goes through it; 5 % of a 1.7B model's weights
+        QuantRule(HEAD, 8),
         QuantRule(EMBEDDING, 8),
         QuantRule(VISION_LINEARS, 8),
         REST,

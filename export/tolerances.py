@@ -44,8 +44,8 @@ FLOORS: dict[Activations, dict[Stage, float]] = {
         "pixels": 1e-6,
         "visual_tokens": 1e-2,
         "embeddings": 1e-6,  # a table lookup is exact
-        "first_logits": 2e-2,
-        "greedy_tokens": 2e-2,
+        "first_logits": 1e-2,  # 1e-3 to 3e-3 measured on trained demo models
+        "greedy_tokens": 1e-2,
     },
 }
 # Kernels differ from the simulation in block size, zero point and rounding: 1.9 times its error was measured at most.
