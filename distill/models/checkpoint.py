@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from bundle.errors import UsageError
@@ -52,7 +53,7 @@ def load_vlm(path: str | Path, dtype: torch.dtype = torch.float32) -> MobileVlm:
             f"{folder}: architecture '{architecture}' is not supported; supported: {PUBLISHED_ARCHITECTURE} "
             f"(MobileVLM V2 as published), {OUR_ARCHITECTURE} (made by alignkd-distill)"
         )
-    vlm.to(dtype=dtype)
+    nn.Module.to(vlm, dtype=dtype)  # transformers wraps its own .to() in a way that mypy cannot read
     return vlm.eval()
 
 

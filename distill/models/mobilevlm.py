@@ -53,7 +53,9 @@ class MobileVlmConfig(PreTrainedConfig):
     @property
     def patch_grid(self) -> int:
         """Patches per side of the tower."""
-        return int(self.vision_config.image_size) // int(self.vision_config.patch_size)
+        size, patch = self.vision_config.image_size, self.vision_config.patch_size
+        assert isinstance(size, int) and isinstance(patch, int)  # CLIP's towers are square
+        return size // patch
 
     @property
     def visual_tokens(self) -> int:
