@@ -40,6 +40,7 @@ from distill.demo_world.tokenizer import train_tokenizer
 from distill.demo_world.tower import IMAGE, SELECTED_LAYER, pretrain_tower
 from distill.features import known_features
 from distill.models import load_vlm
+from distill.models.create import create_student
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
@@ -52,6 +53,7 @@ EMBEDDING_GAIN = 5.0  # text embeddings start as large as the visual tokens
 TOWER_SCENES, TOWER_STEPS, TOWER_BATCH, TOWER_LEARNING_RATE = 20_000, 1800, 64, 1.5e-3
 # Muon on the matrices reaches the same loss with less than half of AdamW's questions (drill to 0.26: 67k against 157k)
 MATRIX_LEARNING_RATE, OTHER_LEARNING_RATE = 3e-3, 1.5e-3
+STUDENT = {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 192}
 DRILL_TURNS = 14
 TEST_PER_FAMILY = 300
 FEATURE_CACHE_BYTES = 2 << 30
@@ -77,17 +79,48 @@ def main() -> None:
     """Run every step whose result is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("distill/demo_teacher"), help="replaced when all is done")
+    parser.add_argument("--student", type=Path, help="also write a small student, pretrained on the first two stages")
+    parser.add_argument("--teacher", type=Path, help="take this finished teacher and make only its student")
     parser.add_argument("--work", type=Path, default=Path("demo_teacher.work"), help="finished stages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="part of all scenes and steps, for a trial run")
     flags = parser.parse_args()
+    if flags.teacher is None:
+        make_teacher(flags.output, flags.work, flags.seed, flags.share)
+    if flags.student is not None:
+        make_student(flags.teacher or flags.output, flags.student, flags.work, flags.seed, flags.share)
+
+
+def make_teacher(output: Path, work: Path, seed: int, share: float) -> None:
+    """All stages, then the accuracy on new pictures."""
     begun = time.monotonic()
-    checkpoint = make_start(flags.work, flags.seed, flags.share)
+    checkpoint = make_start(work, seed, share)
     for name in STAGES:
-        checkpoint = run_stage(name, checkpoint, flags.work, flags.seed, flags.share)
-    accuracy = measure(checkpoint, flags.work, flags.seed)
-    publish(checkpoint, flags.output, accuracy, flags.seed, time.monotonic() - begun)
+        checkpoint = run_stage(name, checkpoint, work / name, seed, share)
+    checkpoint = halve(checkpoint, work / "half")
+    accuracy = measure(checkpoint, work, seed)
+    publish(checkpoint, output, accuracy, seed, time.monotonic() - begun)
     sys.stdout.write(json.dumps(accuracy) + "\n")
+
+
+def make_student(teacher: Path, output: Path, work: Path, seed: int, share: float) -> None:
+    """A student that has had MobileVLM's first stage, descriptions and drills, and none of the demo's questions.
+
+    From random weights a two-layer decoder sits on the language prior for longer than a demo lasts.
+    """
+    start = work / "student_start"
+    if not start.exists():
+        save_checkpoint(create_student(load_vlm(teacher), **STUDENT, seed=seed), start, read_processing(teacher))
+    described = run_stage("describe", start, work / "student_describe", seed, share)
+    drilled = run_stage("drill", described, work / "student_drill", seed, share)
+    halve(drilled, output)
+
+
+def halve(checkpoint: Path, output: Path) -> Path:
+    """The same checkpoint with its weights in float16, in place of ``output``."""
+    shutil.rmtree(output, ignore_errors=True)
+    save_checkpoint(load_vlm(checkpoint, torch.float16), output, read_processing(checkpoint))
+    return output
 
 
 def make_start(work: Path, seed: int, share: float) -> Path:
@@ -146,9 +179,9 @@ def part(number: int, share: float) -> int:
     return max(1, round(number * share))
 
 
-def run_stage(name: str, checkpoint: Path, work: Path, seed: int, share: float) -> Path:
-    """Draw a stage's data, train on it, and drop the pictures again."""
-    output, data, stage = work / name, work / f"{name}_data", STAGES[name]
+def run_stage(name: str, checkpoint: Path, output: Path, seed: int, share: float) -> Path:
+    """Draw a stage's data, train on it, write ``output``, and drop the pictures again."""
+    data, stage = output.with_name(f"{output.name}_data"), STAGES[name]
     if output.exists():
         return output
     shutil.rmtree(data, ignore_errors=True)
@@ -156,7 +189,7 @@ def run_stage(name: str, checkpoint: Path, work: Path, seed: int, share: float) 
     rows = STAGE_ROWS[name](data, random.Random(f"{seed} {name}"), part(stage.scenes, share))
     write_text_whole(data / "train.json", json.dumps(rows))
     vlm, processing = load_vlm(checkpoint), read_processing(checkpoint)
-    teach(vlm, processing, data / "train.json", part(stage.steps, share), stage.batch_size, seed, work / "trainer")
+    teach(vlm, processing, data / "train.json", part(stage.steps, share), stage.batch_size, seed, data / "trainer")
     save_checkpoint(vlm, output, processing)
     shutil.rmtree(data)
     return output
@@ -290,7 +323,7 @@ def publish(checkpoint: Path, output: Path, accuracy: dict[str, float], seed: in
     lines = "\n".join(f"| {family} | {value:.1f} |" for family, value in accuracy.items())
     command = f"python scripts/make_demo_teacher.py --seed {seed}"
     card = CARD.format(command=command, per_family=TEST_PER_FAMILY, lines=lines)
-    save_checkpoint(load_vlm(checkpoint), output, read_processing(checkpoint), card)
+    save_checkpoint(load_vlm(checkpoint, torch.float16), output, read_processing(checkpoint), card)
     facts = {"command": command, "seed": seed, "seconds": round(seconds), "torch": torch.__version__}
     facts |= {"questions_per_family": TEST_PER_FAMILY, "percent_right": accuracy}
     write_text_whole(output / "accuracy.json", json.dumps(facts, indent=1) + "\n")

@@ -32,6 +32,7 @@ def create_student(
         bos_token_id=theirs.bos_token_id,
         eos_token_id=theirs.eos_token_id,
         pad_token_id=theirs.pad_token_id,
+        initializer_range=theirs.initializer_range,  # a narrow teacher's is wide: LLaMA's 0.02 is for wide decoders
         tie_word_embeddings=False,
     )
     return create_vlm(text, teacher.vision_tower, teacher.config, seed)
