@@ -7,6 +7,7 @@ OUT=${OUT:-demo_out}
 STEPS=${STEPS:-1500}
 LIMIT=${LIMIT:-0} # questions per benchmark; 0 = all
 TEACHER=${TEACHER:-distill/demo_teacher}
+START=${START:-distill/demo_student} # pretrained on descriptions and terse questions, as MobileVLM is on captions
 DATA=$OUT/data
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
@@ -23,13 +24,11 @@ make_once "$DATA" alignkd-data make-demo "$DATA"
 printf '\n+ alignkd-data check %s\n' "$DATA" >&2
 alignkd-data check "$DATA"
 
-make_once "$OUT/checkpoints/start" alignkd-distill init --teacher "$TEACHER" --output "$OUT/checkpoints/start" \
-    --hidden-size 64 --layers 2 --heads 2 --intermediate-size 192
 for losses in ce paper; do
     student=$OUT/checkpoints/student-$losses
     resume=()
     [[ -d $student.work ]] && resume=(--resume)
-    make_once "$student" alignkd-distill --losses "$losses" --teacher "$TEACHER" --student "$OUT/checkpoints/start" \
+    make_once "$student" alignkd-distill --losses "$losses" --teacher "$TEACHER" --student "$START" \
         --data "$DATA/train.json" --output "$student" --max-steps "$STEPS" --batch-size 32 \
         --learning-rate 2e-3 --top-k 3 "${resume[@]}"
 done
