@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 # The python bindings know the llama and quantized kernels only once these two have been imported.
 KERNELS = ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized")
 ENGINE = "executorch.extension.pybindings.portable_lib"
-MAGIC = b"ET"  # then the format's version, 12 today
 _OPEN: WeakSet[ExecuTorchRuntime] = WeakSet()  # runtimes of this process that hold on to its thread pool
 
 
@@ -134,9 +133,6 @@ def _load(engine: ModuleType, path: Path, method: str) -> Any:
 
     Methods of one program share their memory: an embedding between two decoder calls was seen to overwrite K and V.
     """
-    with path.open("rb") as file:
-        if file.read(8)[4:6] != MAGIC:  # the engine ends the process on some files that are none of its own
-            raise UsageError(f"{path} is not an ExecuTorch program; export the bundle again")
     try:
         # the stronger verification is not compiled into the wheel, and says so on stderr
         return engine._load_program(str(path), program_verification=engine.Verification.Minimal).load_method(method)
