@@ -1,4 +1,4 @@
-"""Nothing -> the demo teacher: tokenizer, pretrained tower, decoder trained in three stages; its accuracy beside it.
+"""Nothing -> the demo teacher: tokenizer, pretrained tower, decoder trained in four stages; its accuracy beside it.
 
     OMP_NUM_THREADS=1 python scripts/make_demo_teacher.py --output distill/demo_teacher
 
@@ -29,10 +29,10 @@ from bundle.staging import write_text_whole
 from bundle.tokenizer import open_tokenizer
 from distill.align_kd import AlignKD
 from distill.data import Collator, ImageStore, LengthGroupedOrder, LlavaDataset
-from distill.demo_benchmarks import Row, held_out_rows, training_rows, turns
+from distill.demo_benchmarks import TURNS, Row, held_out_rows, training_rows, turns
 from distill.demo_world.accuracy import family_accuracy
 from distill.demo_world.files import save_image
-from distill.demo_world.lessons import drill
+from distill.demo_world.lessons import COUNT_DRILLS, conversation, drill
 from distill.demo_world.open_questions import describe
 from distill.demo_world.question import Question
 from distill.demo_world.scene import PAIRS, Scene, draw, make_scene
@@ -55,7 +55,7 @@ TOWER_SCENES, TOWER_STEPS, TOWER_BATCH, TOWER_LEARNING_RATE = 20_000, 1800, 64, 
 MATRIX_LEARNING_RATE, OTHER_LEARNING_RATE = 3e-3, 1.5e-3
 STUDENT = {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 192}
 DRILL_TURNS = 14
-TEST_PER_FAMILY = 300
+TEST_PER_FAMILY = 1000
 FEATURE_CACHE_BYTES = 2 << 30
 
 
@@ -72,6 +72,7 @@ STAGES = {
     "describe": Stage(5_000, 400, 16),  # every cell is read out, as in the captions of LLaVA's first stage
     "drill": Stage(10_000, 2500, 16),  # terse questions: looking up what is asked for
     "instruct": Stage(16_000, 6000, 16),  # the mix of the demo's training file, with the benchmarks' wordings
+    "count": Stage(10_000, 2500, 16),  # half of it counting, the rest as before
 }
 
 
@@ -288,6 +289,15 @@ def drill_rows(folder: Path, rng: random.Random, scenes: int) -> list[Row]:
     return rows_of(folder, rng, scenes, ask)
 
 
+def count_rows(folder: Path, rng: random.Random, scenes: int) -> list[Row]:
+    """Terse counting and the benchmarks' wordings, half and half."""
+
+    def ask(scene: Scene) -> list[Question]:
+        return drill(scene, rng, DRILL_TURNS, COUNT_DRILLS) if rng.random() < 0.5 else conversation(scene, rng, TURNS)
+
+    return rows_of(folder, rng, scenes, ask)
+
+
 def rows_of(folder: Path, rng: random.Random, scenes: int, ask: Callable[[Scene], list[Question]]) -> list[Row]:
     """Pictures of the whole world, UNSEEN_PAIRS too, with what ``ask`` asks of them."""
     rows: list[Row] = []
@@ -302,6 +312,7 @@ STAGE_ROWS: dict[str, Callable[[Path, random.Random, int], list[Row]]] = {
     "describe": describe_rows,
     "drill": drill_rows,
     "instruct": lambda folder, rng, scenes: training_rows(folder, rng, scenes, PAIRS),
+    "count": count_rows,
 }
 
 
@@ -341,7 +352,7 @@ A MobileVLM V2 of 1.3 million parameters that knows the demo world (`alignkd-dat
     {command}
 
 from nothing: a tower pretrained on what every cell of a picture holds, then the decoder on descriptions, on terse
-questions, and on the mix of the demo's training file. It has seen every colour-shape pair; the training file of the
+questions, on the mix of the demo's training file, and on counting. It has seen every colour-shape pair; the training file of the
 demo leaves four out.
 
 Percent of right answers on new pictures, {per_family} questions a family:
