@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
+
+# They warn at import of GPU kernels that a CPU build lacks and of their own deprecations.
+NOISY_LIBRARIES = ("torchao", "torch.utils._pytree")
 
 
 class AlignKDError(Exception):
@@ -36,7 +40,12 @@ def missing_extra(package: str, extra: str) -> UsageError:
 
 
 def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command's body and leave the process with its exit code; an AlignKDError becomes one line on stderr."""
+    """Run a command's body and leave the process with its exit code; an AlignKDError becomes one line on stderr.
+
+    What libraries warn of at import, and no user can act on, is kept off stderr.
+    """
+    for library in NOISY_LIBRARIES:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = command()
     except AlignKDError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from export.targets import known_target
 if TYPE_CHECKING:
     from bundle.manifest import Manifest
 
-# They warn at import of GPU kernels that a CPU build lacks and of their own deprecations.
-NOISY_LIBRARIES = ("torchao", "torch.utils._pytree")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 
@@ -80,8 +77,6 @@ def export(config: ExportConfig) -> int:
 
 
 def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest:
-    for library in NOISY_LIBRARIES:
-        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         from export.frame import ExportJob, export_bundle
     except ModuleNotFoundError as error:

@@ -23,15 +23,15 @@ class CoreMlVision(nn.Module):
     def __init__(self, vlm: MobileVlm) -> None:
         super().__init__()
         vision: Any = vlm.config.vision_config
-        last = vlm.config.vision_select_layer  # index into hidden states: 0 = embeddings, -1 = last layer
-        used = last if last >= 0 else vision.num_hidden_layers + 1 + last
         self.grid, self.patch, self.heads = vlm.config.patch_grid, vision.patch_size, vision.num_attention_heads
         self.width = vision.hidden_size
         self.vision_tower = nn.Module()
         self.vision_tower.embeddings = patch_embeddings(vlm)
         self.vision_tower.pre_layrnorm = vlm.vision_tower.pre_layrnorm
         self.vision_tower.encoder = nn.Module()
-        self.vision_tower.encoder.layers = nn.ModuleList(list(vlm.vision_tower.encoder.layers)[:used])
+        self.vision_tower.encoder.layers = nn.ModuleList(
+            list(vlm.vision_tower.encoder.layers)[: vlm.config.tower_layers]
+        )
         self.projector = vlm.projector
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,7 @@ def weight_sharing_copy(vlm: MobileVlm) -> MobileVlm:
     """
     shared = {id(tensor): tensor for tensor in (*vlm.parameters(), *vlm.buffers())}
     twin = copy.deepcopy(vlm, shared)
-    layers, select = twin.vision_tower.encoder.layers, twin.config.vision_select_layer
-    # hidden state k is the input of layer k, so state -2 is what all layers but the last have made
-    twin.vision_tower.encoder.layers = layers[: select if select >= 0 else len(layers) + 1 + select]
+    twin.vision_tower.encoder.layers = twin.vision_tower.encoder.layers[: twin.config.tower_layers]
     del twin.vision_tower.post_layernorm
     return twin
 

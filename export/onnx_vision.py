@@ -32,7 +32,7 @@ def write_vision_encoder(writer: ModelWriter, vlm: MobileVlm, path: str) -> Grap
     assert isinstance(size, int)
     writer.input("pixel_values", FLOAT, [1, 3, size, size])
     writer.output("image_features", FLOAT, [1, tokens, hidden])
-    features = _tower(writer, config, _layers_used(vlm))  # [1, P, D_v]
+    features = _tower(writer, config, vlm.config.tower_layers)  # [1, P, D_v]
     _projector(writer, features, vlm.config.patch_grid, hidden)
     writer.save()
     return Graph(
@@ -40,12 +40,6 @@ def write_vision_encoder(writer: ModelWriter, vlm: MobileVlm, path: str) -> Grap
         inputs=(Tensor(name="pixel_values", dtype="float32", shape=(1, 3, size, size)),),
         outputs=(Tensor(name="image_features", dtype="float32", shape=(1, tokens, hidden)),),
     )
-
-
-def _layers_used(vlm: MobileVlm) -> int:
-    """Encoder layers that the selected hidden state needs; state 0 is the embedding."""
-    layers, selected = vlm.config.vision_config.num_hidden_layers, vlm.config.vision_select_layer
-    return selected if selected >= 0 else layers + 1 + selected
 
 
 def _tower(writer: ModelWriter, config: CLIPVisionConfig, layers: int) -> str:

@@ -1,4 +1,4 @@
-"""Nothing -> the demo teacher: tokenizer, pretrained tower, decoder trained in four stages; its accuracy beside it.
+"""Nothing -> the demo teacher: tokenizer, pretrained tower, decoder trained in five stages; its accuracy beside it.
 
     OMP_NUM_THREADS=1 python scripts/make_demo_teacher.py --output distill/demo_teacher
 
@@ -32,7 +32,7 @@ from distill.data import Collator, ImageStore, LengthGroupedOrder, LlavaDataset
 from distill.demo_benchmarks import TURNS, Row, held_out_rows, training_rows, turns
 from distill.demo_world.accuracy import family_accuracy
 from distill.demo_world.files import save_image
-from distill.demo_world.lessons import COUNT_DRILLS, conversation, drill
+from distill.demo_world.lessons import COUNT_DRILLS, FAMILY_WEIGHTS, conversation, drill, text_conversation
 from distill.demo_world.open_questions import describe
 from distill.demo_world.question import Question
 from distill.demo_world.scene import PAIRS, Scene, draw, make_scene
@@ -73,7 +73,10 @@ STAGES = {
     "drill": Stage(10_000, 2500, 16),  # terse questions: looking up what is asked for
     "instruct": Stage(16_000, 6000, 16),  # the mix of the demo's training file, with the benchmarks' wordings
     "count": Stage(10_000, 2500, 16),  # half of it counting, the rest as before
+    "finish": Stage(12_000, 3000, 16),  # the benchmarks' wordings, the hard families more often
 }
+FINISH_WEIGHTS = FAMILY_WEIGHTS | {"choice": 8.0, "where": 2.0, "count": 4.0, "count_check": 3.0, "existence": 2.0}
+FINISH_TURNS, FINISH_TEXT_SHARE = 8, 0.04
 
 
 def main() -> None:
@@ -114,7 +117,9 @@ def make_student(teacher: Path, output: Path, work: Path, seed: int, share: floa
         save_checkpoint(create_student(load_vlm(teacher), **STUDENT, seed=seed), start, read_processing(teacher))
     described = run_stage("describe", start, work / "student_describe", seed, share)
     drilled = run_stage("drill", described, work / "student_drill", seed, share)
-    halve(drilled, output)
+    shutil.rmtree(output, ignore_errors=True)
+    card = STUDENT_CARD.format(command=f"python scripts/make_demo_teacher.py --student {output} --seed {seed}")
+    save_checkpoint(load_vlm(drilled, torch.float16), output, read_processing(drilled), card)
 
 
 def halve(checkpoint: Path, output: Path) -> Path:
@@ -298,6 +303,16 @@ def count_rows(folder: Path, rng: random.Random, scenes: int) -> list[Row]:
     return rows_of(folder, rng, scenes, ask)
 
 
+def finish_rows(folder: Path, rng: random.Random, scenes: int) -> list[Row]:
+    """Conversations in the benchmarks' wordings, and a few without an image."""
+    text = round(scenes * FINISH_TEXT_SHARE)
+    rows = rows_of(folder, rng, scenes - text, lambda scene: conversation(scene, rng, FINISH_TURNS, FINISH_WEIGHTS))
+    return rows + [
+        {"id": f"text_{number:06d}", "conversations": turns(text_conversation(rng, TURNS), False)}
+        for number in range(text)
+    ]
+
+
 def rows_of(folder: Path, rng: random.Random, scenes: int, ask: Callable[[Scene], list[Question]]) -> list[Row]:
     """Pictures of the whole world, UNSEEN_PAIRS too, with what ``ask`` asks of them."""
     rows: list[Row] = []
@@ -313,6 +328,7 @@ STAGE_ROWS: dict[str, Callable[[Path, random.Random, int], list[Row]]] = {
     "drill": drill_rows,
     "instruct": lambda folder, rng, scenes: training_rows(folder, rng, scenes, PAIRS),
     "count": count_rows,
+    "finish": finish_rows,
 }
 
 
@@ -352,7 +368,8 @@ A MobileVLM V2 of 1.3 million parameters that knows the demo world (`alignkd-dat
     {command}
 
 from nothing: a tower pretrained on what every cell of a picture holds, then the decoder on descriptions, on terse
-questions, on the mix of the demo's training file, and on counting. It has seen every colour-shape pair; the training file of the
+questions, on the mix of the demo's training file, on counting, and once more on
+the benchmarks' wordings. It has seen every colour-shape pair; the training file of the
 demo leaves four out.
 
 Percent of right answers on new pictures, {per_family} questions a family:
@@ -360,6 +377,21 @@ Percent of right answers on new pictures, {per_family} questions a family:
 | family | % |
 |---|---|
 {lines}
+"""
+
+STUDENT_CARD = """---
+library_name: alignkd
+pipeline_tag: image-text-to-text
+---
+
+# Demo student, before distillation
+
+Two layers, 64 wide, with the demo teacher's vision tower and tokenizer. Made by
+
+    {command}
+
+It has read descriptions of scenes and terse questions about them, as MobileVLM's first stage reads captions, and none
+of the questions that the demo trains and tests: it answers hardly any of those before training.
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from distill.demo_world.choices import category_choice, choice
 from distill.demo_world.open_questions import colour, count, hinted_word, shape, where, word
@@ -37,13 +37,15 @@ FAMILIES: dict[str, tuple[float, Asker]] = {
 }
 TEXT_FAMILIES: dict[str, Callable[[random.Random], Question]] = {"category_choice": category_choice}
 
+FAMILY_WEIGHTS = {name: weight for name, (weight, _) in FAMILIES.items()}
 
-def conversation(scene: Scene, rng: random.Random, turns: int, families: Iterable[str] = FAMILIES) -> list[Question]:
+
+def conversation(
+    scene: Scene, rng: random.Random, turns: int, weights: dict[str, float] = FAMILY_WEIGHTS
+) -> list[Question]:
     """About ``turns`` different questions on one scene, families drawn by weight."""
-    names = list(families)
-    weights = [FAMILIES[name][0] for name in names]
     questions: list[Question] = []
-    for name in rng.choices(names, weights, k=4 * turns):
+    for name in rng.choices(list(weights), list(weights.values()), k=4 * turns):
         asked = FAMILIES[name][1](scene, rng)
         if asked is not None and all(asked.text != other.text for other in questions):
             questions.append(asked)

@@ -58,6 +58,12 @@ class MobileVlmConfig(PreTrainedConfig):
         return size // patch
 
     @property
+    def tower_layers(self) -> int:
+        """How many of the tower's layers are run: hidden state 0 is the embedding, -1 what the last layer makes."""
+        select, layers = self.vision_select_layer, self.vision_config.num_hidden_layers
+        return select if select >= 0 else layers + 1 + select
+
+    @property
     def visual_tokens(self) -> int:
         """Visual tokens per image after LDPv2 halves the grid (144 for 336 px and patch 14)."""
         return (self.patch_grid // 2) ** 2
@@ -120,8 +126,11 @@ class MobileVlm(PreTrainedModel):
 
     def tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values [n, 3, S, S] -> patch features [n, P, D_v] of the selected layer, class token dropped."""
-        states = self.vision_tower(pixel_values.to(self.dtype), output_hidden_states=True).hidden_states
-        return states[self.config.vision_select_layer][:, 1:]
+        tower = self.vision_tower  # not called as a whole: the layers behind the selected one would run for nothing
+        states = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self.dtype)))  # [n, P + 1, D_v]
+        for layer in tower.encoder.layers[: self.config.tower_layers]:
+            states = layer(states, attention_mask=None)
+        return states[:, 1:]
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values [n, 3, S, S] -> projected visual tokens [n, N, D]."""

@@ -114,9 +114,7 @@ def tower_hash(vlm: MobileVlm) -> str:
 def unused_tower_parameters(vlm: MobileVlm) -> list[nn.Parameter]:
     """Parameters of the tower behind the hidden state that is read: they never get a gradient."""
     tower = vlm.vision_tower
-    layers, select = len(tower.encoder.layers), vlm.config.vision_select_layer
-    used = select if select >= 0 else layers + 1 + select  # hidden state 0 is the embedding
-    behind = [p for layer in tower.encoder.layers[used:] for p in layer.parameters()]
+    behind = [p for layer in tower.encoder.layers[vlm.config.tower_layers :] for p in layer.parameters()]
     return behind + list(tower.post_layernorm.parameters())
 
 

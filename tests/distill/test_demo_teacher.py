@@ -38,9 +38,8 @@ def test_teacher_is_small_and_recorded() -> None:
     size = sum(path.stat().st_size for path in TEACHER.iterdir())
     assert size < 10 << 20
     record = read_json(TEACHER / "accuracy.json")
-    recorded = record["percent_right"] | record["on_1000_other_questions"]
-    below = {family for family, percent in recorded.items() if percent < 95}
-    assert below <= {"count", "count_check"} and min(recorded.values()) > 92  # counting is not at 95 % yet
+    assert record["questions_per_family"] >= 1000 and set(record["percent_right"]) == {*FAMILIES, *TEXT_FAMILIES}
+    assert min(record["percent_right"].values()) >= 95
 
 
 def test_teacher_answers_every_family(tmp_path: Path) -> None:

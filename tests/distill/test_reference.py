@@ -82,3 +82,11 @@ def test_total_is_the_weighted_sum(case: Case, student: MobileVlm, teacher: Mobi
     terms = module(**case.batch)
     expected = 0.5 * case.losses["student_ce"] + 2 * case.losses["corrected"]["fkl"]
     assert module.total(terms).item() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("select", [-2, -1, 0, 1])
+def test_tower_stops_at_the_selected_layer(select: int, case: Case, student: MobileVlm) -> None:
+    student.config.vision_select_layer = select
+    with torch.no_grad():
+        states = student.vision_tower(case.pixel_values, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(student.tower_features(case.pixel_values), states[select][:, 1:])
