@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -29,6 +30,8 @@ PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
     ("model.", "language_model."),
     ("lm_head.", "lm_head."),
 )
+# what transformers and torch raise for sizes that fit no model
+IMPOSSIBLE_CONFIG = (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError)
 LLAMA_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
     "max_position_embeddings", "rms_norm_eps", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -45,14 +48,21 @@ def load_vlm(path: str | Path, dtype: torch.dtype = torch.float32) -> MobileVlm:
     config = read_json(folder / "config.json", folder)
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture == PUBLISHED_ARCHITECTURE:
-        vlm = _load_published(folder, config)
+        open_layout = _load_published
     elif architecture == OUR_ARCHITECTURE:
-        vlm = _fill(MobileVlm(MobileVlmConfig.from_dict(config)), read_weights(folder), folder)
+        open_layout = _load_ours
     else:
         raise UsageError(
             f"{folder}: architecture '{architecture}' is not supported; supported: {PUBLISHED_ARCHITECTURE} "
             f"(MobileVLM V2 as published), {OUR_ARCHITECTURE} (made by alignkd-distill)"
         )
+    try:
+        vlm = open_layout(folder, config)
+    except IMPOSSIBLE_CONFIG as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"{folder}: config.json describes no model that can be built ({type(error).__name__}: {reason})"
+        ) from error
     nn.Module.to(vlm, dtype=dtype)  # transformers wraps its own .to() in a way that mypy cannot read
     return vlm.eval()
 
@@ -97,6 +107,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         except SafetensorError as error:
             raise UsageError(f"{file} is damaged ({error}); copy or download it again") from error
     return state
+
+
+def _load_ours(folder: Path, config: dict[str, Any]) -> MobileVlm:
+    return _fill(MobileVlm(MobileVlmConfig.from_dict(config)), read_weights(folder), folder)
 
 
 def _load_published(folder: Path, config: dict[str, Any]) -> MobileVlm:

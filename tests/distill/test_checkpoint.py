@@ -146,3 +146,14 @@ def test_a_checkpoint_without_a_tower_says_where_to_put_it(copied: Path) -> None
         UsageError, match="has no vision tower.*'clip-tiny' is no folder on this disk; put the CLIP tower"
     ):
         load_vlm(copied)
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [{"num_attention_heads": 3}, {"hidden_size": -4}, {"hidden_size": "wide"}, {"num_key_value_heads": 0},
+     {"vocab_size": -1}, {"hidden_act": "nope"}],
+)  # fmt: skip
+def test_sizes_that_fit_no_model_are_one_line(copied: Path, impossible: dict[str, object]) -> None:
+    edit(copied / "config.json", **impossible)
+    with pytest.raises(UsageError, match=r"config\.json describes no model"):
+        load_vlm(copied)
