@@ -12,6 +12,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from distill.models.mobilevlm import MobileVlm
+from distill.models.projector import LDPv2
 
 
 def weight_sharing_copy(vlm: MobileVlm) -> MobileVlm:
@@ -36,7 +37,7 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(
             VisionLayer(cast(CLIPEncoderLayer, layer)) for layer in vlm.vision_tower.encoder.layers
         )
-        self.projector = vlm.projector
+        self.projector = cast(LDPv2, vlm.projector)
         self.grid = vlm.config.patch_grid
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from bundle.verify import replay
 from distill.models.checkpoint import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
+from distill.models.projector import LDP_V2
 from export.contract import ExportedGraphs, ExportRequest
 from export.golden_record import Probe, forced_errors, golden_case, golden_vectors, probes, run_stages
 from export.provenance import environment_of, source_of
@@ -72,6 +73,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     processing = read_processing(job.checkpoint)
     vlm = load_vlm(job.checkpoint)
     _check_image_size(job.checkpoint, vlm, processing)
+    _check_projector(job.checkpoint, vlm)
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
     context_length = _context_length(job, vlm, questions)
     progress(f"checkpoint {job.checkpoint} loaded")
@@ -106,6 +108,15 @@ def _check_image_size(checkpoint: Path, vlm: MobileVlm, processing: Processing) 
         raise UsageError(
             f"{checkpoint}: preprocessor_config.json makes images of {processing.image.size} pixels, the vision tower "
             f"takes {wanted}; copy preprocessor_config.json of the tower it was trained with"
+        )
+
+
+def _check_projector(checkpoint: Path, vlm: MobileVlm) -> None:
+    projector = vlm.config.projector_type
+    if projector != LDP_V2:
+        raise UsageError(
+            f"{checkpoint}: projector '{projector}' can be trained but not exported yet; exported is {LDP_V2}; distil "
+            "into such a student first: alignkd-distill --help"
         )
 
 

@@ -16,15 +16,14 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from bundle.errors import UsageError
 from bundle.staging import inside
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
+from distill.models.projector import LDP_V1, LDP_V2, LINEAR, SUPPORTED, mlp_depth
 
 PUBLISHED_ARCHITECTURE = "MobileLlamaForCausalLM"
 OUR_ARCHITECTURE = "MobileVlm"
 IGNORED_SUFFIXES = ("position_ids", "rotary_emb.inv_freq")  # buffers in older files, recomputed here
 # published name -> ours; the first prefix that fits wins
 PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
-    ("model.mm_projector.mlp.mlp.0.", "projector.linear_1."),
-    ("model.mm_projector.mlp.mlp.2.", "projector.linear_2."),
-    ("model.mm_projector.peg.peg.0.", "projector.position."),
+    ("model.mm_projector.", "projector."),
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
     ("model.vision_tower.vision_tower.", "vision_tower."),
     ("model.", "language_model."),
@@ -32,6 +31,17 @@ PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
 )
 # what transformers and torch raise for sizes that fit no model
 IMPOSSIBLE_CONFIG = (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError)
+# the same for what follows "model.mm_projector.", by the projector's type
+LDP_V2_NAMES = {"mlp.mlp.0.": "linear_1.", "mlp.mlp.2.": "linear_2.", "peg.peg.0.": "position."}
+MOBILE_BLOCK_NAMES = {
+    "block.0.0.": "depthwise.", "block.0.1.": "depthwise_norm.", "block.1.fc1.": "squeeze.", "block.1.fc2.": "excite.",
+    "block.2.0.": "pointwise.", "block.2.1.": "pointwise_norm.",
+}  # fmt: skip
+LDP_V1_NAMES = {"model.mlp.1.": "linear_1.", "model.mlp.3.": "linear_2."} | {
+    f"model.mb_block.{number + 1}.{theirs}": f"blocks.{number}.{ours}"
+    for number in range(2)
+    for theirs, ours in MOBILE_BLOCK_NAMES.items()
+}
 LLAMA_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
     "max_position_embeddings", "rms_norm_eps", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -114,12 +124,10 @@ def _load_ours(folder: Path, config: dict[str, Any]) -> MobileVlm:
 
 
 def _load_published(folder: Path, config: dict[str, Any]) -> MobileVlm:
-    if config.get("mm_projector_type") != "ldpnetv2":
-        raise UsageError(
-            f"{folder}: mm_projector_type '{config.get('mm_projector_type')}' is not supported; supported: ldpnetv2"
-        )
+    projector = str(config.get("mm_projector_type"))
+    names = _projector_names(projector, folder)
     state = {
-        _rename(name, folder): tensor
+        _rename(name, names, folder): tensor
         for name, tensor in read_weights(folder).items()
         if not name.endswith(IGNORED_SUFFIXES)
     }
@@ -135,6 +143,7 @@ def _load_published(folder: Path, config: dict[str, Any]) -> MobileVlm:
         text_config=text,
         vision_config=vision,
         vision_select_layer=config.get("mm_vision_select_layer", -2),
+        projector_type=projector,
         image_aspect_ratio={"pad": "pad"}.get(config.get("image_aspect_ratio", "pad"), "crop"),
     )
     return _fill(MobileVlm(ours), state, folder)
@@ -144,11 +153,31 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": float(config.get("rope_theta", 10000.0))}
 
 
-def _rename(name: str, folder: Path) -> str:
+def _projector_names(projector: str, folder: Path) -> dict[str, str]:
+    """What stands behind "model.mm_projector." in the published files -> our names."""
+    if projector in (LDP_V2, LDP_V1):
+        return LDP_V2_NAMES if projector == LDP_V2 else LDP_V1_NAMES
+    try:
+        depth = mlp_depth(projector)
+    except ValueError:
+        raise UsageError(
+            f"{folder}: mm_projector_type '{projector}' is not supported; supported: {SUPPORTED}"
+        ) from None
+    if projector == LINEAR:
+        return {"": "linears.0."}
+    return {f"{2 * number}.": f"linears.{number}." for number in range(depth)}  # GELUs take the odd numbers
+
+
+def _rename(name: str, projector_names: dict[str, str], folder: Path) -> str:
     for theirs, ours in PUBLISHED_NAMES:
         if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    raise UsageError(f"{folder}: tensor '{name}' is not part of the published MobileVLM V2 layout")
+            rest = name.removeprefix(theirs)
+            if ours != "projector.":
+                return ours + rest
+            for their_part, our_part in projector_names.items():
+                if rest.startswith(their_part):
+                    return ours + our_part + rest.removeprefix(their_part)
+    raise UsageError(f"{folder}: tensor '{name}' is not part of the published MobileVLM layout")
 
 
 def tower_directory(folder: Path, config: dict[str, Any]) -> Path | None:

@@ -44,6 +44,7 @@ def create_vlm(text: LlamaConfig, tower: CLIPVisionModel, like: MobileVlmConfig,
         text_config=text,
         vision_config=tower.config.to_dict(),
         vision_select_layer=like.vision_select_layer,
+        projector_type=like.projector_type,
         image_aspect_ratio=like.image_aspect_ratio,
     )
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""MobileVLM V2 (CLIP tower, LDPv2, LLaMA) as a transformers model: ids with one image id per image -> logits."""
+"""MobileVLM (CLIP tower, projector, LLaMA) as a transformers model: ids with one image id per image -> logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
 
-from distill.models.projector import LDPv2
+from distill.models.projector import LDP_V2, make_projector, visual_tokens
 
 IMAGE_TOKEN_ID = -200  # the published code's IMAGE_TOKEN_INDEX; never a row of the embedding table
 PADDING_KIND, TEXT_KIND, VISION_KIND = 0, 1, 2
@@ -21,6 +21,7 @@ class MobileVlmConfig(PreTrainedConfig):
         text_config: a LlamaConfig or its dict.
         vision_config: a CLIPVisionConfig or its dict.
         vision_select_layer: which hidden state of the tower is read (-2 in every published checkpoint).
+        projector_type: a name of ``distill.models.projector``.
         image_aspect_ratio: "pad" (square padding with the mean colour), "crop" or "stretch".
     """
 
@@ -32,7 +33,7 @@ class MobileVlmConfig(PreTrainedConfig):
         text_config: LlamaConfig | dict[str, Any] | None = None,
         vision_config: CLIPVisionConfig | dict[str, Any] | None = None,
         vision_select_layer: int = -2,
-        projector_type: str = "ldpnetv2",
+        projector_type: str = LDP_V2,
         image_aspect_ratio: str = "pad",
         image_token_id: int = IMAGE_TOKEN_ID,
         **kwargs: Any,
@@ -65,8 +66,8 @@ class MobileVlmConfig(PreTrainedConfig):
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens per image after LDPv2 halves the grid (144 for 336 px and patch 14)."""
-        return (self.patch_grid // 2) ** 2
+        """Visual tokens per image (144 for 336 px, patch 14 and LDP, which halves the grid)."""
+        return visual_tokens(self.projector_type, self.patch_grid)
 
 
 class Expanded:
@@ -108,7 +109,7 @@ class MobileVlm(PreTrainedModel):
         super().__init__(config)
         text, vision = config.text_config, config.vision_config
         self.vision_tower = CLIPVisionModel(vision)
-        self.projector = LDPv2(vision.hidden_size, text.hidden_size, config.patch_grid // 2)
+        self.projector = make_projector(config.projector_type, vision.hidden_size, text.hidden_size, config.patch_grid)
         self.language_model = LlamaModel(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()

@@ -13,6 +13,10 @@ import torch
 from bundle.manifest import check_files, read_manifest
 from bundle.session import open_bundle
 from bundle.verify import verify_bundle
+from distill.models import load_vlm
+from distill.models.create import create_vlm
+from distill.models.processing import read_processing
+from distill.models.save import save_checkpoint
 from export import onnx_vision, targets
 from export.contract import ExportedGraphs, ExportRequest
 from export.to_onnx import export_onnx
@@ -115,6 +119,15 @@ def test_image_size_that_the_tower_does_not_take(run_export: Command, tmp_path: 
     file.write_text(json.dumps(processor | {"crop_size": {"height": 224, "width": 224}}))
     line = refused(run_export, tmp_path / "out", checkpoint, "--target", "onnx")
     assert "224" in line and "336" in line
+
+
+def test_projector_without_an_exporter(run_export: Command, tmp_path: Path) -> None:
+    mlp = load_vlm(STUDENT)
+    mlp.config.projector_type = "mlp2x_gelu"
+    made = create_vlm(mlp.config.text_config, mlp.vision_tower, mlp.config)
+    save_checkpoint(made, tmp_path / "mlp", read_processing(STUDENT))
+    line = refused(run_export, tmp_path / "out", tmp_path / "mlp", "--target", "onnx")
+    assert "mlp2x_gelu" in line and "ldpnetv2" in line
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "torch"])
