@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,18 @@ class Stage:
     scenes: int
     steps: int
     batch_size: int
+    rate: float = 1.0  # share of the learning rates
 
 
 STAGES = {
     "describe": Stage(5_000, 400, 16),  # every cell is read out, as in the captions of LLaVA's first stage
     "drill": Stage(10_000, 2500, 16),  # terse questions: looking up what is asked for
     "instruct": Stage(16_000, 6000, 16),  # the mix of the demo's training file, with the benchmarks' wordings
-    "count": Stage(10_000, 2500, 16),  # half of it counting, the rest as before
     "finish": Stage(12_000, 3000, 16),  # the benchmarks' wordings, the hard families more often
+    "choice": Stage(12_000, 1500, 16, 0.5),  # more than half of it lettered choices
 }
 FINISH_WEIGHTS = FAMILY_WEIGHTS | {"choice": 8.0, "where": 2.0, "count": 4.0, "count_check": 3.0, "existence": 2.0}
+CHOICE_WEIGHTS = FINISH_WEIGHTS | {"choice": 26.0}
 FINISH_TURNS, FINISH_TEXT_SHARE = 8, 0.04
 
 
@@ -195,15 +198,13 @@ def run_stage(name: str, checkpoint: Path, output: Path, seed: int, share: float
     rows = STAGE_ROWS[name](data, random.Random(f"{seed} {name}"), part(stage.scenes, share))
     write_text_whole(data / "train.json", json.dumps(rows))
     vlm, processing = load_vlm(checkpoint), read_processing(checkpoint)
-    teach(vlm, processing, data / "train.json", part(stage.steps, share), stage.batch_size, seed, data / "trainer")
+    teach(vlm, processing, data / "train.json", stage, part(stage.steps, share), seed)
     save_checkpoint(vlm, output, processing)
     shutil.rmtree(data)
     return output
 
 
-def teach(
-    vlm: MobileVlm, processing: Processing, data: Path, steps: int, batch_size: int, seed: int, work: Path
-) -> None:
+def teach(vlm: MobileVlm, processing: Processing, data: Path, stage: Stage, steps: int, seed: int) -> None:
     """Train projector and decoder in place by cross entropy on the answers."""
     rows = read_rows(data, data.parent)
     tokenizer = open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent)
@@ -212,9 +213,10 @@ def teach(
     images = ImageStore(processing.image, 0)
     features = known_features(module, rows, images, FEATURE_CACHE_BYTES)
     arguments = TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(data.parent / "trainer"),
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.rate,  # a share: MuonAndAdamW multiplies its two rates by it
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
         max_grad_norm=1.0,
@@ -245,6 +247,7 @@ class LessonTrainer(Trainer):
         self.optimizer = MuonAndAdamW(
             [parameter for name, parameter in trained if name in inner],
             [parameter for name, parameter in trained if name not in inner],
+            self.args.learning_rate,
         )
         return self.optimizer
 
@@ -264,12 +267,13 @@ class LessonTrainer(Trainer):
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimizers that a learning rate schedule and a Trainer see as one."""
+    """Two optimizers that a learning rate schedule and a Trainer see as one; ``rate`` is a share of their rates."""
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter]) -> None:
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], rate: float) -> None:
+        inner, outer = rate * MATRIX_LEARNING_RATE, rate * OTHER_LEARNING_RATE
         self.parts = (
-            torch.optim.Muon(matrices, lr=MATRIX_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=OTHER_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+            torch.optim.Muon(matrices, lr=inner, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=outer, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         )
         super().__init__([group for inner in self.parts for group in inner.param_groups], {})
 
@@ -303,10 +307,10 @@ def count_rows(folder: Path, rng: random.Random, scenes: int) -> list[Row]:
     return rows_of(folder, rng, scenes, ask)
 
 
-def finish_rows(folder: Path, rng: random.Random, scenes: int) -> list[Row]:
+def finish_rows(folder: Path, rng: random.Random, scenes: int, weights: dict[str, float] = FINISH_WEIGHTS) -> list[Row]:
     """Conversations in the benchmarks' wordings, and a few without an image."""
     text = round(scenes * FINISH_TEXT_SHARE)
-    rows = rows_of(folder, rng, scenes - text, lambda scene: conversation(scene, rng, FINISH_TURNS, FINISH_WEIGHTS))
+    rows = rows_of(folder, rng, scenes - text, lambda scene: conversation(scene, rng, FINISH_TURNS, weights))
     return rows + [
         {"id": f"text_{number:06d}", "conversations": turns(text_conversation(rng, TURNS), False)}
         for number in range(text)
@@ -329,6 +333,7 @@ STAGE_ROWS: dict[str, Callable[[Path, random.Random, int], list[Row]]] = {
     "instruct": lambda folder, rng, scenes: training_rows(folder, rng, scenes, PAIRS),
     "count": count_rows,
     "finish": finish_rows,
+    "choice": partial(finish_rows, weights=CHOICE_WEIGHTS),
 }
 
 

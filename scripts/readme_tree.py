@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("bundle", "distill", "export", "runtime_bench", "scripts")
+ROOMS = ("bundle", "distill", "export", "runtime_bench", "benchmarks", "scripts")
 OTHERS = {
     "Makefile": "make demo, make test",
     "pyproject.toml": "packages, pins, extras, settings of the linters",
@@ -16,7 +16,7 @@ OTHERS = {
     "ios_demo/": "what the iOS app will stand on",
     "tests/": "mirror the packages; golden/ holds the vectors that pytest replays, and Kotlin and Swift will",
 }
-NAME_WIDTH = 24
+NAME_WIDTH = 26
 
 
 def tree() -> str:
