@@ -33,7 +33,7 @@ from distill.data import Collator, ImageStore, LengthGroupedOrder, LlavaDataset
 from distill.demo_benchmarks import TURNS, Row, held_out_rows, training_rows, turns
 from distill.demo_world.accuracy import family_accuracy
 from distill.demo_world.files import save_image
-from distill.demo_world.lessons import COUNT_DRILLS, FAMILY_WEIGHTS, conversation, drill, text_conversation
+from distill.demo_world.lessons import FAMILY_WEIGHTS, conversation, drill, text_conversation
 from distill.demo_world.open_questions import describe
 from distill.demo_world.question import Question
 from distill.demo_world.scene import PAIRS, Scene, draw, make_scene
@@ -298,15 +298,6 @@ def drill_rows(folder: Path, rng: random.Random, scenes: int) -> list[Row]:
     return rows_of(folder, rng, scenes, ask)
 
 
-def count_rows(folder: Path, rng: random.Random, scenes: int) -> list[Row]:
-    """Terse counting and the benchmarks' wordings, half and half."""
-
-    def ask(scene: Scene) -> list[Question]:
-        return drill(scene, rng, DRILL_TURNS, COUNT_DRILLS) if rng.random() < 0.5 else conversation(scene, rng, TURNS)
-
-    return rows_of(folder, rng, scenes, ask)
-
-
 def finish_rows(folder: Path, rng: random.Random, scenes: int, weights: dict[str, float] = FINISH_WEIGHTS) -> list[Row]:
     """Conversations in the benchmarks' wordings, and a few without an image."""
     text = round(scenes * FINISH_TEXT_SHARE)
@@ -331,7 +322,6 @@ STAGE_ROWS: dict[str, Callable[[Path, random.Random, int], list[Row]]] = {
     "describe": describe_rows,
     "drill": drill_rows,
     "instruct": lambda folder, rng, scenes: training_rows(folder, rng, scenes, PAIRS),
-    "count": count_rows,
     "finish": finish_rows,
     "choice": partial(finish_rows, weights=CHOICE_WEIGHTS),
 }
@@ -373,9 +363,8 @@ A MobileVLM V2 of 1.3 million parameters that knows the demo world (`alignkd-dat
     {command}
 
 from nothing: a tower pretrained on what every cell of a picture holds, then the decoder on descriptions, on terse
-questions, on the mix of the demo's training file, on counting, and once more on
-the benchmarks' wordings. It has seen every colour-shape pair; the training file of the
-demo leaves four out.
+questions, on the mix of the demo's training file, and on what was still hard after it. It has seen every colour-shape
+pair; the training file of the demo leaves four out.
 
 Percent of right answers on new pictures, {per_family} questions a family:
 

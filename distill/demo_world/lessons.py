@@ -64,8 +64,6 @@ DRILLS = {
     "place": 1.0, "colour": 1.0, "shape": 1.0, "where": 1.0, "word": 0.7, "existence": 1.0, "relation": 1.5,
     "count": 1.0, "place_check": 0.7, "word_check": 0.7, "count_check": 0.7, "choice": 2.5,
 }  # fmt: skip
-# what a decoder learns last: counting one colour or shape among five things
-COUNT_DRILLS = {"count": 6.0, "count_check": 4.0, "choice": 1.0, "word_check": 1.0}
 # full wording -> terse wording; the first pattern that fits
 TERSE = tuple(
     (re.compile(pattern), wording)
@@ -85,10 +83,10 @@ TERSE = tuple(
 )
 
 
-def drill(scene: Scene, rng: random.Random, turns: int, weights: dict[str, float] = DRILLS) -> list[Question]:
+def drill(scene: Scene, rng: random.Random, turns: int) -> list[Question]:
     """Up to ``turns`` terse questions on one scene, to learn looking things up before learning the wordings."""
     questions = []
-    for name in rng.choices(list(weights), list(weights.values()), k=turns):
+    for name in rng.choices(list(DRILLS), list(DRILLS.values()), k=turns):
         asked = what_is_there(scene, rng) if name == "place" else FAMILIES[name][1](scene, rng)
         if asked is not None:
             questions.append(terse(asked))
