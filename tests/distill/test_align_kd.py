@@ -187,8 +187,8 @@ def test_no_logits_of_unsupervised_positions_are_made(student: MobileVlm, teache
 
 def test_the_shared_tower_runs_once(student: MobileVlm, teacher: MobileVlm, case: Case) -> None:
     calls: list[str] = []
-    student.vision_tower.register_forward_hook(lambda *_: calls.append("student"))
-    teacher.vision_tower.register_forward_hook(lambda *_: calls.append("teacher"))
+    student.vision_tower.embeddings.register_forward_hook(lambda *_: calls.append("student"))
+    teacher.vision_tower.embeddings.register_forward_hook(lambda *_: calls.append("teacher"))
     module = AlignKD(student, teacher, PRESETS["paper"])
     expected = module(**case.batch)
     assert calls == ["student"] and module.shares_tower
