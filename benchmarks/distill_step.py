@@ -13,8 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -30,6 +28,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from distill.align_kd import AlignKD
 from distill.config import PRESETS
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
+from runtime_bench.device import local_device
+from runtime_bench.memory import read_memory
 
 VOCABULARY, BEFORE_IMAGE, QUESTION, ANSWER = 32_000, 36, 34, 86  # with 144 visual tokens: L = 300, 86 supervised
 Step = Callable[[], torch.Tensor]
@@ -74,7 +74,7 @@ def main() -> None:
     conditions = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
+        "cpu": local_device().cpu,
         "shape": flags.shape,
     }
     conditions |= {"batch": flags.batch, "positions": 144 + BEFORE_IMAGE + QUESTION + ANSWER, "repeats": flags.repeats}
@@ -155,18 +155,12 @@ def peak_above(module: AlignKD, step: Step) -> int:
 
 def _peak_in_child(pipe: Connection, module: AlignKD, step: Step) -> None:
     torch.set_num_threads(1)  # the parent's thread pool does not survive a fork
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
-    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is now what is resident
+    before = read_memory().peak_bytes
     step().backward()
-    pipe.send(_status("VmHWM") - before)
+    pipe.send(read_memory().peak_bytes - before)
     pipe.close()
     os._exit(0)
-
-
-def _status(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found is not None
-    return int(found[1]) << 10
 
 
 def table(seconds: dict[str, list[float]], memory: dict[str, int]) -> str:
@@ -180,12 +174,6 @@ def table(seconds: dict[str, list[float]], memory: dict[str, int]) -> str:
             f"{memory[name] / base_memory:.2f}x |"
         )
     return "\n".join(lines)
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    return found[1] if found else platform.machine()
 
 
 if __name__ == "__main__":

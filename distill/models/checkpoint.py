@@ -16,22 +16,22 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from bundle.errors import UsageError
 from bundle.staging import inside
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
-from distill.models.projector import LDP_V1, LDP_V2, LINEAR, SUPPORTED, mlp_depth
+from distill.models.projector import LDP_V1, LDP_V2, LINEAR, mlp_depth
 
 PUBLISHED_ARCHITECTURE = "MobileLlamaForCausalLM"
 OUR_ARCHITECTURE = "MobileVlm"
 IGNORED_SUFFIXES = ("position_ids", "rotary_emb.inv_freq")  # buffers in older files, recomputed here
-# published name -> ours; the first prefix that fits wins
-PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
-    ("model.mm_projector.", "projector."),
-    ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
-    ("model.vision_tower.vision_tower.", "vision_tower."),
-    ("model.", "language_model."),
-    ("lm_head.", "lm_head."),
-)
 # what transformers and torch raise for sizes that fit no model
 IMPOSSIBLE_CONFIG = (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError)
-# the same for what follows "model.mm_projector.", by the projector's type
+# published name -> ours; the first prefix that fits wins
+PUBLISHED_NAMES = {
+    "model.vision_tower.vision_tower.vision_model.": "vision_tower.",
+    "model.vision_tower.vision_tower.": "vision_tower.",
+    "model.": "language_model.",
+    "lm_head.": "lm_head.",
+}
+PUBLISHED_PROJECTOR, OUR_PROJECTOR = "model.mm_projector.", "projector."
+# the same for what follows these two, by the projector's type
 LDP_V2_NAMES = {"mlp.mlp.0.": "linear_1.", "mlp.mlp.2.": "linear_2.", "peg.peg.0.": "position."}
 MOBILE_BLOCK_NAMES = {
     "block.0.0.": "depthwise.", "block.0.1.": "depthwise_norm.", "block.1.fc1.": "squeeze.", "block.1.fc2.": "excite.",
@@ -125,7 +125,7 @@ def _load_ours(folder: Path, config: dict[str, Any]) -> MobileVlm:
 
 def _load_published(folder: Path, config: dict[str, Any]) -> MobileVlm:
     projector = str(config.get("mm_projector_type"))
-    names = _projector_names(projector, folder)
+    names = _names(projector, folder)
     state = {
         _rename(name, names, folder): tensor
         for name, tensor in read_weights(folder).items()
@@ -153,30 +153,25 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": float(config.get("rope_theta", 10000.0))}
 
 
-def _projector_names(projector: str, folder: Path) -> dict[str, str]:
-    """What stands behind "model.mm_projector." in the published files -> our names."""
+def _names(projector: str, folder: Path) -> dict[str, str]:
+    """Published name -> ours for a checkpoint with this projector; the first prefix that fits wins."""
     if projector in (LDP_V2, LDP_V1):
-        return LDP_V2_NAMES if projector == LDP_V2 else LDP_V1_NAMES
-    try:
-        depth = mlp_depth(projector)
-    except ValueError:
-        raise UsageError(
-            f"{folder}: mm_projector_type '{projector}' is not supported; supported: {SUPPORTED}"
-        ) from None
-    if projector == LINEAR:
-        return {"": "linears.0."}
-    return {f"{2 * number}.": f"linears.{number}." for number in range(depth)}  # GELUs take the odd numbers
+        inner = LDP_V2_NAMES if projector == LDP_V2 else LDP_V1_NAMES
+    elif projector == LINEAR:
+        inner = {"": "linears.0."}
+    else:
+        try:
+            depth = mlp_depth(projector)
+        except ValueError as error:
+            raise UsageError(f"{folder}: mm_projector_type: {error}") from None
+        inner = {f"{2 * number}.": f"linears.{number}." for number in range(depth)}  # GELUs take the odd numbers
+    return {PUBLISHED_PROJECTOR + theirs: OUR_PROJECTOR + ours for theirs, ours in inner.items()} | PUBLISHED_NAMES
 
 
-def _rename(name: str, projector_names: dict[str, str], folder: Path) -> str:
-    for theirs, ours in PUBLISHED_NAMES:
+def _rename(name: str, names: dict[str, str], folder: Path) -> str:
+    for theirs, ours in names.items():
         if name.startswith(theirs):
-            rest = name.removeprefix(theirs)
-            if ours != "projector.":
-                return ours + rest
-            for their_part, our_part in projector_names.items():
-                if rest.startswith(their_part):
-                    return ours + our_part + rest.removeprefix(their_part)
+            return ours + name.removeprefix(theirs)
     raise UsageError(f"{folder}: tensor '{name}' is not part of the published MobileVLM layout")
 
 
