@@ -43,6 +43,24 @@ class TermWeights:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank updates of the decoder instead of all its weights; projector and adapters are trained in full."""
+
+    rank: int = 0
+    """Rank of the updates; 0 trains the decoder's weights themselves."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank; default: twice the rank."""
+    dropout: float = 0.0
+    """On the input of the updates."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """The decoder's linear layers that get an update, by the end of their names."""
+
+    @property
+    def scale_alpha(self) -> float:
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """Everything that decides a training run."""
 
@@ -64,6 +82,16 @@ class DistillConfig:
     """Of the divergences; 1 in the paper."""
     top_k: int = 16
     """Visual tokens per image in the focus term; 16 in the paper."""
+    template: Literal["v1", "plain"] | None = None
+    """Prompt template to train and save with: plain captions (stage 1) or v1 conversations; default: the student's."""
+    image_strategy: Literal["pad", "crop", "stretch"] | None = None
+    """How pictures become square; default: as the student's checkpoint says (MobileVLM V2 pads)."""
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the teacher's weights and arithmetic."""
+    teacher_bits: Literal["8", "4"] | None = None
+    """Hold the matrices of the teacher's decoder as integers (torchao, weights only); needs the extra executorch."""
+    teacher_placement: Literal["device", "cpu"] = "device"
+    """cpu keeps the teacher's weights in host memory and brings each layer to the device while it runs."""
     epochs: float = 1.0
     """Passes over the data; ignored when --max-steps is given."""
     max_steps: int | None = None
@@ -89,7 +117,11 @@ class DistillConfig:
     freeze_tower: bool = True
     """Keep the vision tower as it is; its features are then computed once."""
     bf16: bool = False
-    """Train in bfloat16 autocast; for GPUs that have it."""
+    """Train in bfloat16 autocast; weights and optimizer stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per decoder layer and compute the rest again in the backward pass: less memory, slower."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Low-rank training."""
     seed: int = 0
     """Of the batch order and the adapters."""
     log_steps: int = 10
@@ -102,8 +134,14 @@ class DistillConfig:
     """Memory for tower features or decoded images; what does not fit is computed again."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
-    report: Literal["none", "tensorboard"] = "none"
-    """tensorboard writes events to OUTPUT/tensorboard."""
+    report: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where curves go: tensorboard writes to OUTPUT/tensorboard; wandb and trackio are extras of their own."""
+    eval_data: Path | None = None
+    """Held-out LLaVA JSON; its exact-match accuracy is logged and stands in the model card."""
+    eval_steps: int = 500
+    """Steps between evaluations on --eval-data; one more is made at the end."""
+    eval_rows: int = 1000
+    """Rows of --eval-data that are asked, evenly spread over the file."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue the unfinished run in OUTPUT.work; a finished run is left as it is."""
 
@@ -137,6 +175,8 @@ class DistillConfig:
             problems.append(f"--losses {self.losses} needs --teacher DIR (or train without one: --losses ce)")
         if self.images is not None and not self.images.is_dir():
             problems.append(f"--images {self.images} is no folder")
+        if self.teacher_bits and self.teacher_placement == "cpu":
+            problems.append("--teacher-bits keeps the teacher on the device; --teacher-placement cpu is for whole weights")
         return problems
 
     def _numbers(self) -> list[str]:
@@ -144,20 +184,24 @@ class DistillConfig:
             "temperature": self.temperature, "top-k": self.top_k, "epochs": self.epochs, "batch-size": self.batch_size,
             "gradient-accumulation": self.gradient_accumulation, "learning-rate": self.learning_rate,
             "adapter-learning-rate": self.adapter_learning_rate, "log-steps": self.log_steps,
-            "save-steps": self.save_steps,
+            "save-steps": self.save_steps, "eval-steps": self.eval_steps, "eval-rows": self.eval_rows,
             "max-steps": 1 if self.max_steps is None else self.max_steps,
             "projector-learning-rate": 1 if self.projector_learning_rate is None else self.projector_learning_rate,
         }  # fmt: skip
         not_negative = {
             "weight-decay": self.weight_decay, "max-grad-norm": self.max_grad_norm,
             "grad-norm-steps": self.grad_norm_steps, "cache-mb": self.cache_mb, "workers": self.workers,
-            "seed": self.seed,
+            "seed": self.seed, "lora.rank": self.lora.rank,
             **{f"weights.{name.replace('_', '-')}": weight or 0.0 for name, weight in asdict(self.weights).items()},
         }  # fmt: skip
         problems = [f"--{name} {value} must be above 0" for name, value in positive.items() if not value > 0]
         problems += [f"--{name} {value} must be 0 or more" for name, value in not_negative.items() if not value >= 0]
         if not 0 <= self.warmup < 1:
             problems.append(f"--warmup {self.warmup} must be a part of the run, from 0 up to below 1")
+        if not 0 <= self.lora.dropout < 1:
+            problems.append(f"--lora.dropout {self.lora.dropout} must be from 0 up to below 1")
+        if self.lora.alpha is not None and not self.lora.alpha > 0:
+            problems.append(f"--lora.alpha {self.lora.alpha} must be above 0")
         if not self.term_weights:
             problems.append("every loss term has weight 0; give one a weight, e.g. --weights.cross-entropy 1")
         return problems

@@ -19,12 +19,14 @@ class RunFacts:
 
     steps: int
     rows: int
+    processes: int
     data_sha256: str
     seconds: float
     parameters: int
     trainable: int
     terms: Mapping[str, float]  # mean over the last log entry
     gradient_norms: Mapping[str, float]  # last measurement, weighted
+    accuracy: Mapping[str, float]  # percent per family of the held-out rows, last evaluation
 
 
 def render_card(config: DistillConfig, facts: RunFacts) -> str:
@@ -67,7 +69,7 @@ def _flags(settings: object, prefix: str) -> Sequence[str]:
     words: list[str] = []
     for setting in fields(settings):  # type: ignore[arg-type]
         value, flag = vars(settings)[setting.name], prefix + setting.name.replace("_", "-")
-        if setting.name == "weights":
+        if setting.name in ("weights", "lora"):
             words += _flags(value, f"{flag}.")
         elif isinstance(value, bool):
             words += [] if value == setting.default else [flag if value else flag.replace("--", "--no-")]

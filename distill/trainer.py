@@ -6,243 +6,160 @@ import json
 import os
 import shutil
 import time
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainerCallback, TrainingArguments
 
-from bundle.errors import UsageError
 from bundle.staging import refuse_existing, sha256_of, write_text_whole
 from bundle.tokenizer import open_tokenizer
+from distill.accuracy import read_held_out
 from distill.align_kd import AlignKD
 from distill.config import DistillConfig
-from distill.data import Collator, ImageStore, LengthGroupedOrder, LlavaDataset
+from distill.data import Collator, ImageStore, LlavaDataset
 from distill.features import known_features
+from distill.lora import FOLDER as LORA_FOLDER
+from distill.lora import add_lora, save_lora
 from distill.model_card import RunFacts, render_card
 from distill.models import load_vlm
-from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
+from distill.parameter_groups import STUDENT
 from distill.progress import ProgressLine
+from distill.ranks import Ranks
 from distill.rows import read_rows
+from distill.stop_signals import Stopped, StopSignals
+from distill.teacher import chosen_processing, open_teacher, place_teacher
+from distill.tracking import trackers
+from distill.training_loop import DistillTrainer, training_arguments
 from distill.work_folder import SETTINGS_FILE, check_output, kept_if_resumable, last_checkpoint, settings_of
-
-SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 def train(config: DistillConfig, console: Console | None = None) -> Path:
     """Run the training that ``config`` describes and return the new checkpoint directory.
 
+    Under accelerate or torchrun every process calls this; the main one alone checks and writes the output.
+
     Raises:
         UsageError: a checkpoint, the data or the output directory is not usable; nothing is written then.
+        Stopped: a signal asked for the end; the run lies in the work folder.
     """
-    console = console or Console(stderr=True)
-    if config.resume and config.output.exists():
+    args = training_arguments(config)
+    ranks = Ranks(args.distributed_state)
+    console = ranks.console(console)
+    if ranks.told(config.resume and config.output.exists()):
         console.print(f"{config.output} is finished already")
         return config.output
-    check_output(config)
+    with ranks.agreed():
+        if ranks.main:
+            check_output(config)
+        module, processing, dataset, collator = _open(config, console)
+    with kept_if_resumable(config.work, console, ranks.main):
+        stop = StopSignals(ranks)
+        with ranks.agreed():
+            trainer = _trainer(config, args, ranks, module, processing, dataset, collator, stop, console)
+            begun = time.monotonic()
+            module.student.vision_tower.to(args.device)
+            budget = config.cache_mb << 20
+            collator.features = known_features(module, dataset.rows, collator.images, budget)  # on the trainer's device
+        if ranks.main:
+            write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
+        checkpoint = ranks.told(last_checkpoint(config.work))
+        with ranks.first_failure_only(), stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.state.global_step < trainer.state.max_steps and stop.received:
+            raise _stopped(config, trainer.state.global_step, stop.received)
+        with ranks.agreed():
+            _finish(trainer, ranks, config, processing, time.monotonic() - begun)
+        ranks.wait()
+    return config.output
+
+
+def _open(config: DistillConfig, console: Console) -> tuple[AlignKD, Processing, LlavaDataset, Collator]:
     rows = read_rows(config.data, config.image_folder)
     console.print(f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image")
-    student, processing = load_vlm(config.student), read_processing(config.student)
-    teacher = _open_teacher(config, student, processing, console)
+    student, processing = load_vlm(config.student), chosen_processing(read_processing(config.student), config)
+    teacher = open_teacher(config, student, processing, console)
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
     module = AlignKD(
         student, teacher, config.term_weights, config.temperature, config.top_k, config.freeze_tower, config.seed
     )
-    images = ImageStore(processing.image, config.cache_mb << 20)
-    collator = Collator(processing.tokenizer.pad_id, images)
-    with kept_if_resumable(config.work, console):
-        trainer = DistillTrainer(module, config, dataset, collator, console)
-        begun = time.monotonic()
-        collator.features = known_features(module, rows, images, config.cache_mb << 20)  # on the trainer's device
-        write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
-        trainer.train(resume_from_checkpoint=last_checkpoint(config.work))
-        _finish(trainer, config, processing, len(rows), time.monotonic() - begun)
-    return config.output
+    if config.lora.rank:
+        add_lora(student, config.lora)
+    if config.gradient_checkpointing:
+        student.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    collator = Collator(processing.tokenizer.pad_id, ImageStore(processing.image, config.cache_mb << 20))
+    return module, processing, dataset, collator
 
 
-class DistillTrainer(Trainer):
-    """transformers.Trainer over AlignKD: its terms, their gradient norms, its parameter groups and its batch order."""
-
-    def __init__(
-        self, module: AlignKD, config: DistillConfig, dataset: LlavaDataset, collator: Collator, console: Console
-    ) -> None:
-        self._config, self._dataset = config, dataset
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counted = 0
-        self._gradient_norms: dict[str, float] = {}
-        super().__init__(
-            model=module,
-            args=_arguments(config),
-            train_dataset=dataset,
-            data_collator=collator,
-            callbacks=[ProgressLine(console)],
+def _trainer(
+    config: DistillConfig,
+    args: TrainingArguments,
+    ranks: Ranks,
+    module: AlignKD,
+    processing: Processing,
+    dataset: LlavaDataset,
+    collator: Collator,
+    stop: StopSignals,
+    console: Console,
+) -> DistillTrainer:
+    held_out = None
+    if config.eval_data is not None:
+        held_out = read_held_out(
+            config.eval_data,
+            config.eval_data.parent,
+            config.eval_rows,
+            processing,
+            open_tokenizer(processing.tokenizer, config.student),
+            module.student.config.text_config.max_position_embeddings,
+            config.batch_size,
         )
-        self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
-        if config.report == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.add_callback(TensorBoardCallback(SummaryWriter(str(config.work / "tensorboard"))))
-        if module.teacher is not None:
-            nn.Module.to(module.teacher, self.args.device)
-
-    @property
-    def align(self) -> AlignKD:
-        """The module without what accelerate wraps around it."""
-        module = self.accelerator.unwrap_model(self.model)
-        assert isinstance(module, AlignKD)
-        return module
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over three groups (decoder, projector, adapters), each with its own learning rate."""
-        if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(parameter_groups(self.align, self._config), fused=True)
-        return self.optimizer
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Weighted sum of the terms; every ``grad_norm_steps`` each term's own gradient norm as well."""
-        terms = model(**inputs)
-        every = self._config.grad_norm_steps
-        if every and self.state.global_step % every == 0:
-            self._gradient_norms = gradient_norms(self.align, terms)
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)).add(value.detach())
-        self._counted += 1
-        loss = self.align.total(terms)
-        return (loss, terms) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each term's mean since the last entry, and gradient norms measured since then."""
-        if "loss" in logs:
-            logs |= {f"term/{name}": (total / self._counted).item() for name, total in self._sums.items()}
-            logs |= {f"gradient_norm/{name}": norm for name, norm in self._gradient_norms.items()}
-            self._sums, self._counted, self._gradient_norms = {}, 0, {}
-        super().log(logs, start_time)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        return LengthGroupedOrder(self._dataset.text_lengths(), self.args.train_batch_size, self._config.seed)
+    callbacks: list[TrainerCallback] = [stop]
+    if ranks.main:
+        callbacks += [ProgressLine(console), *trackers(config)]
+    trainer = DistillTrainer(module, config, args, ranks, dataset, collator, held_out, callbacks)
+    if module.teacher is not None:
+        place_teacher(module.teacher, config, args.device)
+    if config.grad_norm_steps and not trainer.measures_gradients:
+        console.print("each term's gradient norm is measured under DDP and in one process only: weights are sharded here")
+    return trainer
 
 
-def parameter_groups(module: AlignKD, config: DistillConfig) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group."""
-    rates = {
-        "decoder": config.learning_rate,
-        "projector": config.projector_learning_rate or config.learning_rate,
-        "adapters": config.adapter_learning_rate,
-    }
-    groups: dict[str, list[nn.Parameter]] = defaultdict(list)
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            owner = "projector" if name.startswith("student.projector.") else "decoder"
-            groups[owner if name.startswith("student.") else "adapters"].append(parameter)
-    return [
-        {"name": name, "params": groups[name], "lr": rate, "weight_decay": config.weight_decay}
-        for name, rate in rates.items()
-        if groups[name]
-    ]
+def _stopped(config: DistillConfig, step: int, number: int) -> Stopped:
+    return Stopped(f"stopped at step {step}; its checkpoint is kept in {config.work}: continue with --resume", number)
 
 
-def gradient_norms(module: AlignKD, terms: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Norm of each weighted term's own gradient into the student; an inert term shows as 0."""
-    parameters = [parameter for parameter in module.student.parameters() if parameter.requires_grad]
-    norms = {}
-    for name, value in terms.items():
-        weighted = module.weights[name] * value
-        found = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
-        squares = [gradient.detach().float().square().sum() for gradient in found if gradient is not None]
-        norms[name] = torch.stack(squares).sum().sqrt().item() if squares else 0.0
-    return norms
-
-
-def _arguments(config: DistillConfig) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(config.work),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=SCHEDULES[config.schedule],
-        warmup_steps=config.warmup,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        seed=config.seed,
-        logging_steps=config.log_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # a broken run must show, not be averaged away
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=1,
-        dataloader_num_workers=config.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=True,  # a batch without images leaves projector and adapters without a gradient
-    )
-
-
-def _open_teacher(
-    config: DistillConfig, student: MobileVlm, processing: Processing, console: Console
-) -> MobileVlm | None:
-    if not config.needs_teacher or config.teacher is None:
-        if config.teacher is not None:
-            console.print(f"teacher {config.teacher} is not opened: no loss term with a weight needs it")
-        return None
-    teacher, theirs = load_vlm(config.teacher), read_processing(config.teacher)
-    sizes = (student.config.text_config.vocab_size, teacher.config.text_config.vocab_size)
-    if sizes[0] != sizes[1] or sha256_of(processing.tokenizer_path) != sha256_of(theirs.tokenizer_path):
-        raise UsageError(
-            f"student {config.student} and teacher {config.teacher} have different vocabularies ({sizes[0]} and "
-            f"{sizes[1]} tokens, different tokenizer.model); distillation needs one vocabulary: choose another "
-            "student, or train it without a teacher: --losses ce"
-        )
-    if processing.image != theirs.image or student.config.visual_tokens != teacher.config.visual_tokens:
-        raise UsageError(
-            f"student {config.student} and teacher {config.teacher} see images differently "
-            f"({processing.image.size} px {processing.image.strategy}, {student.config.visual_tokens} visual tokens; "
-            f"{theirs.image.size} px {theirs.image.strategy}, {teacher.config.visual_tokens}); "
-            "choose a pair that agrees"
-        )
-    console.print(f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen")
-    return teacher
-
-
-def _finish(trainer: DistillTrainer, config: DistillConfig, processing: Processing, rows: int, seconds: float) -> None:
+def _finish(
+    trainer: DistillTrainer, ranks: Ranks, config: DistillConfig, processing: Processing, seconds: float
+) -> None:
     """Build the checkpoint inside the work folder, rename it to the output, and drop the rest."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part where it is sharded
+    if not ranks.main:
+        return
     module, history = trainer.align, trainer.state.log_history
     facts = RunFacts(
         steps=trainer.state.global_step,
-        rows=rows,
+        rows=len(trainer.train_dataset),
+        processes=ranks.count,
         data_sha256=sha256_of(config.data),
         seconds=seconds,
         parameters=sum(p.numel() for p in module.student.parameters()),
         trainable=sum(p.numel() for p in module.student.parameters() if p.requires_grad),
         terms=_last(history, "term/"),
         gradient_norms=_last(history, "gradient_norm/"),
+        accuracy=_last(history, "accuracy/"),
     )
     final = config.work / "final"
     shutil.rmtree(final, ignore_errors=True)
-    save_checkpoint(module.student, final, processing, render_card(config, facts))
-    if adapters := module.adapter_state():
-        save_file({name: value.contiguous() for name, value in adapters.items()}, final / "adapters.safetensors")
+    _save_student(state, config, processing, render_card(config, facts), final)
+    adapters = {name: value.contiguous() for name, value in state.items() if not name.startswith(STUDENT)}
+    if adapters:
+        save_file(adapters, final / "adapters.safetensors")
     log = {"settings": settings_of(config), "facts": asdict(facts), "log": history}
     write_text_whole(final / "training_log.json", json.dumps(log, indent=1) + "\n")
     if (events := config.work / "tensorboard").is_dir():
@@ -250,6 +167,20 @@ def _finish(trainer: DistillTrainer, config: DistillConfig, processing: Processi
     refuse_existing(config.output)
     os.rename(final, config.output)
     shutil.rmtree(config.work)
+
+
+def _save_student(
+    state: dict[str, torch.Tensor], config: DistillConfig, processing: Processing, card: str, final: Path
+) -> None:
+    """The gathered weights in a fresh student, low-rank updates merged: the same files whatever engine trained them."""
+    student = load_vlm(config.student)
+    tuner = add_lora(student, config.lora) if config.lora.rank else None
+    student.load_state_dict({n.removeprefix(STUDENT): value for n, value in state.items() if n.startswith(STUDENT)})
+    final.mkdir()
+    if tuner is not None:
+        save_lora(tuner, final / LORA_FOLDER)
+        tuner.merge_and_unload()
+    save_checkpoint(student, final, processing, card)
 
 
 def _last(history: list[dict[str, float]], prefix: str) -> dict[str, float]:

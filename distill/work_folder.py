@@ -15,9 +15,13 @@ from rich.console import Console
 from bundle.errors import UsageError
 from bundle.staging import refuse_existing
 from distill.config import DistillConfig
+from distill.stop_signals import Stopped
 
 SETTINGS_FILE = "settings.json"  # of an unfinished run, so that it is resumed only as it began
-NOT_COMPARED = ("resume", "output", "log_steps", "save_steps", "cache_mb", "workers", "report")
+NOT_COMPARED = (
+    "resume", "output", "log_steps", "save_steps", "cache_mb", "workers", "report", "eval_data", "eval_steps", "eval_rows",
+    "gradient_checkpointing", "teacher_placement",
+)  # fmt: skip
 
 
 def check_output(config: DistillConfig) -> None:
@@ -44,22 +48,33 @@ def check_output(config: DistillConfig) -> None:
 
 
 @contextmanager
-def kept_if_resumable(work: Path, console: Console) -> Iterator[None]:
+def kept_if_resumable(work: Path, console: Console, main: bool = True) -> Iterator[None]:
     """When the run inside breaks off, keep ``work`` if it holds a checkpoint and leave nothing otherwise."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if not main:
+            raise
         if last_checkpoint(work) is None:
             shutil.rmtree(work, ignore_errors=True)
-        else:
+        elif not isinstance(error, Stopped):  # which says so itself
             console.print(f"broken off; its last checkpoint is kept in {work}: continue with --resume")
         raise
 
 
 def last_checkpoint(work: Path) -> str | None:
     """The newest checkpoint of an unfinished run that was written to its end; the Trainer writes its state last."""
-    whole = [state.parent for state in work.glob("checkpoint-*/trainer_state.json")]
+    whole = [state.parent for state in work.glob("checkpoint-*/trainer_state.json") if _is_json(state)]
     return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    """False for a file whose writing was cut short."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def settings_of(config: DistillConfig) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""AlignKD + settings -> transformers.Trainer that logs its terms, counts rows over all processes, and can be resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from distill.accuracy import HeldOut, Tally
+from distill.align_kd import AlignKD
+from distill.config import DistillConfig
+from distill.data import Collator, LengthGroupedOrder, LlavaDataset
+from distill.parameter_groups import parameter_groups
+from distill.ranks import Ranks
+from distill.term_counts import term_counts
+from distill.term_meter import TermMeter, gradient_norms
+
+SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+Counts = dict[str, torch.Tensor]
+
+
+def training_arguments(config: DistillConfig) -> TrainingArguments:
+    """The Trainer's settings; making them joins the process group that a launcher prepared."""
+    return TrainingArguments(
+        output_dir=str(config.work),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=SCHEDULES[config.schedule],
+        warmup_steps=config.warmup,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        logging_steps=config.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a broken run must show, not be averaged away
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        eval_strategy="steps" if config.eval_data else "no",
+        eval_steps=config.eval_steps,
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # AlignKD keeps every trainable parameter in the graph of every batch
+    )
+
+
+class DistillTrainer(Trainer):
+    """transformers.Trainer over AlignKD: its terms, their gradient norms, its parameter groups and its batch order."""
+
+    loss_is_scaled_for_ga = True  # by the counts of the whole step, see ``compute_loss``
+
+    def __init__(
+        self,
+        module: AlignKD,
+        config: DistillConfig,
+        args: TrainingArguments,
+        ranks: Ranks,
+        dataset: LlavaDataset,
+        collator: Collator,
+        held_out: HeldOut | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self._config, self._dataset, self._ranks, self._held_out = config, dataset, ranks, held_out
+        self._align, self._meter = module, TermMeter(ranks.count)
+        super().__init__(
+            model=module,
+            args=args,
+            train_dataset=dataset,
+            eval_dataset=held_out,  # type: ignore[arg-type]  # the Trainer asks only that there is one
+            data_collator=collator,
+            callbacks=[StepEnd(self._meter, held_out is not None), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        self.measures_gradients = config.grad_norm_steps > 0 and self.accelerator.distributed_type not in SHARDED
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            shard_layer_by_layer(self.accelerator.state.fsdp_plugin, module)
+
+    @property
+    def align(self) -> AlignKD:
+        """The module without what accelerate wraps around it."""
+        return self._align
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over three groups (decoder, projector, adapters), each with its own learning rate."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.align, self._config), fused=True)
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro batches of one step, and over how many items each term runs in all of them and in all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counted = [self._counts(batch) for batch in batches]
+        names = list(self.align.weights)
+        total = torch.stack([torch.stack([one[name] for one in counted]).sum() for name in names]).to(device)
+        if self._ranks.count > 1:
+            dist.all_reduce(total)
+        return batches, dict(zip(names, total.unbind(), strict=True))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Weighted sum of the terms, each a mean over the step's items in all micro batches and all processes.
+
+        ``num_items_in_batch`` holds the step's counts. Engines average gradients over processes, which is undone here.
+        """
+        terms = model(**inputs)
+        every = self._config.grad_norm_steps
+        if self.measures_gradients and self.state.global_step % every == 0:
+            self._meter.measured(gradient_norms(self.align, terms))
+        here, everywhere = self._counts(inputs), num_items_in_batch
+        shares = {
+            name: value * (here[name] / everywhere[name].clamp_min(1)).to(value.dtype) for name, value in terms.items()
+        }
+        self._meter.add(shares)
+        loss = self.align.total(shares) * self._ranks.count
+        return (loss, terms) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replace the Trainer's loss by the terms' means over processes since the last entry, and their weighted sum."""
+        if "loss" in logs:
+            logs |= self._meter.take(self.align.weights)
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log the accuracy on the held-out rows, each process asking its part of them."""
+        assert self._held_out is not None
+        student, sharded = self.align.student, self.model if isinstance(self.model, FSDPModule) else None
+        student.eval()
+        if sharded is not None:
+            sharded.unshard()  # what no inner module gathers by itself: embedding, first layer, lm_head
+        with self.accelerator.autocast():
+            tally = self._held_out.tally(student, self.args.device, self._ranks.index, self._ranks.count)
+        if sharded is not None:
+            sharded.reshard()
+        accuracy = {f"accuracy/{family}": value for family, value in self._summed(tally).percent().items()}
+        self.log(dict(accuracy))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, accuracy)
+        return accuracy
+
+    def _summed(self, tally: Tally) -> Tally:
+        if self._ranks.count == 1:
+            return tally
+        both = torch.tensor([list(tally.asked.values()), list(tally.right.values())], device=self.args.device)
+        dist.all_reduce(both)
+        asked, right = both.tolist()
+        return Tally(dict(zip(tally.asked, asked, strict=True)), dict(zip(tally.right, right, strict=True)))
+
+    def _counts(self, batch: dict[str, torch.Tensor]) -> Counts:
+        return term_counts(
+            self.align.weights,
+            self.align.student.image_token_id,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["labels"],
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+        return LengthGroupedOrder(self._dataset.text_lengths(), self.args.train_batch_size, self._config.seed)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also what the log has summed; the Trainer's state, which marks a whole checkpoint, is written after this."""
+        super()._save_rng_state(output_dir)
+        self._meter.save(Path(output_dir), self._ranks.main)
+        self._ranks.wait()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._meter.load(Path(checkpoint), self.args.device, self._ranks.main)
+
+
+class StepEnd(TrainerCallback):
+    """Counts the steps of a log entry, and asks for an evaluation at the last step."""
+
+    def __init__(self, meter: TermMeter, evaluates: bool) -> None:
+        self._meter, self._evaluates = meter, evaluates
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._meter.step_ended()
+        if self._evaluates and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+def shard_layer_by_layer(plugin: Any, module: AlignKD) -> None:
+    """Make every layer of tower and decoder an FSDP unit of its own, but for the decoder's first.
+
+    AlignKD reads that layer's q and k outside of the layer's own forward pass, so its weights have to be whole from
+    the start of AlignKD's forward to the end of the backward pass: as a part of the root unit they are, and so are
+    embedding, projector, lm_head and adapters. accelerate picks units by class name, hence the marking classes.
+    """
+    student = module.student
+    layers = [*student.language_model.layers[1:], *student.vision_tower.encoder.layers]
+    names = set()
+    for layer in layers:
+        marked = type(f"Unit{type(layer).__name__}", (type(layer),), {})
+        layer.__class__ = marked
+        names.add(marked.__name__)
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = sorted(names)
