@@ -118,6 +118,10 @@ class ImageStore:
             self._kept[row.image] = pixels
         return pixels
 
+    def blank(self) -> torch.Tensor:
+        """A picture of nothing [3, S, S], for a batch without one: see ``AlignKD.forward``."""
+        return torch.zeros(3, self._spec.size, self._spec.size)
+
     def decode(self, row: Row) -> torch.Tensor:
         """As ``pixels``, without keeping the image."""
         assert row.image is not None
@@ -140,7 +144,10 @@ class Collator:
     features: dict[Path, torch.Tensor] | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v]."""
+        """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v].
+
+        A batch of text alone brings one blank image, so that every batch uses every trained parameter.
+        """
         length = max(len(example["input_ids"]) for example in examples)
         shape = (len(examples), length)
         input_ids = torch.full(shape, self.pad_id)
@@ -153,10 +160,12 @@ class Collator:
             labels[i, :n] = torch.tensor(example["labels"])
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         rows = [example["row"] for example in examples if example["row"].image is not None]
-        if rows and self.features is not None:
-            batch["image_features"] = torch.stack([self.features[row.image] for row in rows if row.image])
-        elif rows:
-            batch["pixel_values"] = torch.stack([self.images.pixels(row) for row in rows])
+        if self.features is not None:
+            known = [self.features[row.image] for row in rows if row.image]
+            if known or self.features:
+                batch["image_features"] = torch.stack(known or [torch.zeros_like(next(iter(self.features.values())))])
+        else:
+            batch["pixel_values"] = torch.stack([self.images.pixels(row) for row in rows] or [self.images.blank()])
         return batch
 
 

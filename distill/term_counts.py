@@ -7,37 +7,41 @@ processes train as one does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
-from distill.align_kd import ATTENTION_TERMS, DIVERGENCES, VISUAL_TERMS
+from distill.align_kd import ATTENTION_TERMS, DIVERGENCES, TERMS, AlignKD
 
 IGNORED = -100
-ROW_TERMS = ("cross_entropy", *DIVERGENCES)  # over supervised rows
+WHOLE_BATCH = "published_logits"  # looks at every position
 
 
 def term_counts(
-    terms: Iterable[str],
-    image_token_id: int,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    labels: torch.Tensor,
+    module: AlignKD, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Term -> number of items of its mean, a float64 scalar.
+    """Each of the module's terms -> number of items of its mean, a float64 scalar.
 
     Args:
-        terms: names of the terms.
-        image_token_id: stands for one image in ``input_ids``.
+        module: says which terms there are, and where the divergences look.
         input_ids, attention_mask, labels: [B, T], as AlignKD takes them.
     """
-    is_image = (input_ids == image_token_id) & attention_mask.bool()  # [B, T]
-    images_before = is_image.long().cumsum(1)  # [B, T]
-    is_text = attention_mask.bool() & ~is_image  # [B, T]
-    kinds = {
-        ROW_TERMS: (labels[:, 1:] != IGNORED).sum(),
-        VISUAL_TERMS: is_image.sum(),
-        ATTENTION_TERMS: (images_before * is_text).sum(),  # text rows behind each image
+    per_image = module.student.config.visual_tokens
+    real = attention_mask.bool()  # [B, T]
+    is_image = (input_ids == module.student.image_token_id) & real  # [B, T]
+    images = is_image.sum()
+    supervised = (labels[:, 1:] != IGNORED).sum()
+    positions = real.sum() + images * (per_image - 1)
+    looked_at = {
+        "answer": supervised,
+        "answer+vision": supervised + images * per_image - _answers_behind_images(is_image, labels),
+        "all": positions - len(input_ids),
     }
-    by_term = {name: count.double() for names, count in kinds.items() for name in names}
-    return {name: by_term[name] for name in terms}
+    text_rows = (is_image.long().cumsum(1) * (real & ~is_image)).sum()  # behind each image
+    by_term = dict.fromkeys(TERMS, images)  # the visual terms
+    by_term |= dict.fromkeys(ATTENTION_TERMS, text_rows) | dict.fromkeys(DIVERGENCES, looked_at[module.settings.mask])
+    by_term |= {"cross_entropy": supervised, WHOLE_BATCH: positions}
+    return {name: by_term[name].double() for name in module.weights}
+
+
+def _answers_behind_images(is_image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Images whose last visual token predicts a supervised token: counted as an answer already."""
+    return (is_image[:, :-1] & (labels[:, 1:] != IGNORED)).sum()

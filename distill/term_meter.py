@@ -12,6 +12,7 @@ import torch.distributed as dist
 from bundle.staging import write_text_whole
 from distill.align_kd import AlignKD
 
+LOSS = "loss"  # name of the weighted sum beside the terms
 METER_FILE = "term_meter.json"  # of a checkpoint: what was summed since the last log entry
 
 
@@ -25,7 +26,7 @@ class TermMeter:
         self._norms: dict[str, float] = {}
 
     def add(self, shares: Mapping[str, torch.Tensor]) -> None:
-        """A micro batch's share of each term of this step; the shares of all processes add up to the term."""
+        """A micro batch's share of each term and of the loss of this step; those of all processes add up to them."""
         for name, share in shares.items():
             value = share.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -37,12 +38,11 @@ class TermMeter:
         """Gradient norms, shown with the next log entry."""
         self._norms = norms
 
-    def take(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """Means since the last call as a log entry, the weighted sum as its loss; every process must call it."""
+    def take(self) -> dict[str, float]:
+        """Means since the last call as a log entry; every process must call it."""
         steps = max(1, self._steps)
         means = {name: value / steps for name, value in self._reduced().items()}
-        entry = {"loss": sum(weights[name] * value for name, value in means.items())}
-        entry |= {f"term/{name}": value for name, value in means.items()}
+        entry = {name if name == LOSS else f"term/{name}": value for name, value in means.items()}
         entry |= {f"gradient_norm/{name}": norm for name, norm in self._norms.items()}
         self._sums, self._steps, self._norms = {}, 0, {}
         return entry

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from bundle.staging import refuse_existing, sha256_of, write_text_whole
 from bundle.tokenizer import open_tokenizer
 from distill.accuracy import read_held_out
-from distill.align_kd import AlignKD
+from distill.align_kd import AlignKD, TermSettings
 from distill.config import DistillConfig
 from distill.data import Collator, ImageStore, LlavaDataset
 from distill.features import known_features
@@ -87,7 +87,13 @@ def _open(config: DistillConfig, console: Console) -> tuple[AlignKD, Processing,
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
     module = AlignKD(
-        student, teacher, config.term_weights, config.temperature, config.top_k, config.freeze_tower, config.seed
+        student,
+        teacher,
+        config.term_weights,
+        term_settings(config),
+        config.freeze_tower,
+        config.learned_balance,
+        config.seed,
     )
     if config.lora.rank:
         add_lora(student, config.lora)
@@ -128,6 +134,17 @@ def _trainer(
     if config.grad_norm_steps and not trainer.measures_gradients:
         console.print("each term's gradient norm is measured under DDP and in one process only: weights are sharded here")
     return trainer
+
+
+def term_settings(config: DistillConfig) -> TermSettings:
+    """The part of the settings that the loss terms are computed with."""
+    return TermSettings(
+        temperature=config.temperature,
+        mask=config.mask,
+        label_smoothing=config.label_smoothing,
+        top_k=config.top_k,
+        attention_by_mass=config.attention_by_mass,
+    )
 
 
 def _stopped(config: DistillConfig, step: int, number: int) -> Stopped:

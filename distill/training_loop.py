@@ -131,14 +131,21 @@ class DistillTrainer(Trainer):
         shares = {
             name: value * (here[name] / everywhere[name].clamp_min(1)).to(value.dtype) for name, value in terms.items()
         }
-        self._meter.add(shares)
-        loss = self.align.total(shares) * self._ranks.count
+        parts = self.current_gradient_accumulation_steps * self._ranks.count
+        loss = self.align.total(shares, self._taught_share(), parts)
+        self._meter.add(shares | {"loss": loss})
+        loss = loss * self._ranks.count
         return (loss, terms) if return_outputs else loss
+
+    def _taught_share(self) -> float:
+        """What is left of the distillation terms' weights at this step."""
+        done = self.state.global_step / max(1, self.state.max_steps)
+        return 1 + (self._config.taught_share_end - 1) * done
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace the Trainer's loss by the terms' means over processes since the last entry, and their weighted sum."""
         if "loss" in logs:
-            logs |= self._meter.take(self.align.weights)
+            logs |= self._meter.take()
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -167,8 +174,7 @@ class DistillTrainer(Trainer):
 
     def _counts(self, batch: dict[str, torch.Tensor]) -> Counts:
         return term_counts(
-            self.align.weights,
-            self.align.student.image_token_id,
+            self.align,
             batch["input_ids"],
             batch["attention_mask"],
             batch["labels"],
@@ -206,10 +212,11 @@ def shard_layer_by_layer(plugin: Any, module: AlignKD) -> None:
 
     AlignKD reads that layer's q and k outside of the layer's own forward pass, so its weights have to be whole from
     the start of AlignKD's forward to the end of the backward pass: as a part of the root unit they are, and so are
-    embedding, projector, lm_head and adapters. accelerate picks units by class name, hence the marking classes.
+    embedding, projector, lm_head and adapters. (The term attention_groups reads every layer's.) accelerate picks units by class name, hence the marking classes.
     """
     student = module.student
-    layers = [*student.language_model.layers[1:], *student.vision_tower.encoder.layers]
+    borrowed = len(student.language_model.layers) if "attention_groups" in module.weights else 1
+    layers = [*student.language_model.layers[borrowed:], *student.vision_tower.encoder.layers]
     names = set()
     for layer in layers:
         marked = type(f"Unit{type(layer).__name__}", (type(layer),), {})
