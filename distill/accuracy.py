@@ -105,8 +105,8 @@ def answers_right(vlm: MobileVlm, batch: dict[str, torch.Tensor]) -> tuple[list[
 
     The answers are fed in, and every token of one must be the most likely: greedy decoding would then write just it.
     """
-    pixels = batch.get("pixel_values")
-    visual = None if pixels is None else vlm.encode_images(pixels)
+    has_images = bool((batch["input_ids"] == vlm.image_token_id).any())
+    visual = vlm.encode_images(batch["pixel_values"]) if has_images else None
     expanded = vlm.expand(batch["input_ids"], batch["attention_mask"], visual, batch["labels"])
     assert expanded.labels is not None
     wanted = expanded.labels[:, 1:]  # [B, L - 1], what position t must say next

@@ -114,7 +114,10 @@ class AlignKD(nn.Module):
         self.weights, self.settings = dict(weights), settings or TermSettings()
         self.freeze_tower = freeze_tower
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        self.shares_tower = teacher is not None and freeze_tower and tower_hash(teacher) == tower_hash(student)
+        on_paper = student.device.type == "meta"  # a plan of a run, without weights to compare
+        self.shares_tower = (
+            teacher is not None and freeze_tower and (on_paper or tower_hash(teacher) == tower_hash(student))
+        )
         self.head_map: nn.Conv2d | None = None
         self.visual_map: nn.Linear | None = None
         self.student_map: nn.Linear | None = None
@@ -153,13 +156,13 @@ class AlignKD(nn.Module):
 
         ``parts``: how many such sums add up to one step, when ``terms`` are a micro batch's shares of its terms.
         """
-        parts = []
+        weighted = []
         for name, value in terms.items():
             if self.balance is not None and name in self.balance:
                 value = value * (-self.balance[name]).exp() + self.balance[name] / parts
             share = 1.0 if name == "cross_entropy" else taught_share
-            parts.append(share * self.weights[name] * value)
-        return torch.stack(parts).sum()
+            weighted.append(share * self.weights[name] * value)
+        return torch.stack(weighted).sum()
 
     @property
     def wanted(self) -> Wanted:

@@ -98,7 +98,7 @@ def _open(config: DistillConfig, console: Console) -> tuple[AlignKD, Processing,
     if config.lora.rank:
         add_lora(student, config.lora)
     if config.gradient_checkpointing:
-        student.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        student.language_model.activation_checkpointing_enable({"use_reentrant": False})
     collator = Collator(processing.tokenizer.pad_id, ImageStore(processing.image, config.cache_mb << 20))
     return module, processing, dataset, collator
 

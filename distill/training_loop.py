@@ -43,6 +43,7 @@ def training_arguments(config: DistillConfig) -> TrainingArguments:
         bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
+        log_level="error",
         logging_steps=config.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a broken run must show, not be averaged away

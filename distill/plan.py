@@ -1,0 +1,198 @@
+"""DistillConfig + a number of GPUs -> what a run would train, need and take, on the meta device: nothing is trained."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bundle.tokenizer import Tokenizer, open_tokenizer
+from distill.align_kd import MAX_LOGITS, AlignKD
+from distill.config import DistillConfig
+from distill.data import encode_row
+from distill.lora import add_lora
+from distill.models import load_vlm
+from distill.models.mobilevlm import MobileVlm
+from distill.models.processing import Processing, read_processing
+from distill.parameter_groups import group_of, learning_rates
+from distill.plan_memory import Decoder, Engine, Memory, Sizes, memory_per_gpu
+from distill.rows import Row, read_rows
+from distill.teacher import DTYPES, chosen_processing
+from distill.trainer import term_settings
+
+SAMPLED_ROWS = 200  # rows whose length is looked at, evenly spread
+BYTES_PER_WEIGHT = {None: None, "8": 1.0, "4": 0.5}  # of a quantized matrix, scales aside
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trainable parameter."""
+
+    name: str
+    group: str
+    learning_rate: float
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def pattern(self) -> str:
+        """The name with its layer's number left open."""
+        return re.sub(r"(?<=layers\.)\d+", "*", self.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run comes to.
+
+    Attributes:
+        positions: per row, the mean and the longest of a sample, visual tokens included.
+        features_bytes: of the tower features of all images; ``features_kept`` whether they stay in memory.
+        hours: at the given time per step, or None.
+    """
+
+    trained: tuple[Trained, ...]
+    student_parameters: int
+    teacher_parameters: int
+    engine: Engine
+    gpus: int
+    memory: Memory
+    rows: int
+    images: int
+    positions: tuple[float, int]
+    steps_per_epoch: int
+    steps: int
+    rows_per_step: int
+    features_bytes: int
+    features_kept: bool
+    hours: float | None
+
+
+def make_plan(config: DistillConfig, gpus: int, engine: Engine, step_time_s: float | None) -> Plan:
+    """Read the checkpoints' sizes and the data, and work out the rest.
+
+    Raises:
+        UsageError: as the training itself would.
+    """
+    rows = read_rows(config.data, config.image_folder)
+    processing = chosen_processing(read_processing(config.student), config)
+    module = meta_module(config)
+    student, teacher = module.student, module.teacher
+    positions = _positions(rows, processing, open_tokenizer(processing.tokenizer, config.student), student)
+    trained = tuple(
+        Trained(name, group_of(name), learning_rates(config)[group_of(name)], tuple(parameter.shape))
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    )
+    sizes = _sizes(config, module, trained, positions[1])
+    per_epoch, steps = planned_steps(config, len(rows), gpus)
+    images = len({row.image for row in rows if row.image is not None})
+    features = images * student.config.patch_grid**2 * student.config.vision_config.hidden_size * 4
+    return Plan(
+        trained=trained,
+        student_parameters=_count(student),
+        teacher_parameters=_count(teacher) if teacher is not None else 0,
+        engine=engine,
+        gpus=gpus,
+        memory=memory_per_gpu(sizes, engine, gpus, config.bf16, config.gradient_checkpointing),
+        rows=len(rows),
+        images=images,
+        positions=positions,
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        rows_per_step=config.batch_size * gpus * config.gradient_accumulation,
+        features_bytes=features,
+        features_kept=config.freeze_tower and features <= config.cache_mb << 20,
+        hours=None if step_time_s is None else steps * step_time_s / 3600,
+    )
+
+
+def meta_module(config: DistillConfig) -> AlignKD:
+    """The module that would be trained, without its weights: files are mapped, and only their headers are read."""
+    student = _meta_vlm(config.student, torch.float32)
+    teacher = None
+    if config.needs_teacher and config.teacher is not None:
+        teacher = _meta_vlm(config.teacher, DTYPES[config.teacher_dtype])
+    with torch.device("meta"):
+        module = AlignKD(
+            student,
+            teacher,
+            config.term_weights,
+            term_settings(config),
+            config.freeze_tower,
+            config.learned_balance,
+            config.seed,
+        )
+        if config.lora.rank:
+            add_lora(student, config.lora)
+    return module
+
+
+def planned_steps(config: DistillConfig, rows: int, gpus: int) -> tuple[int, int]:
+    """Optimizer steps per epoch and in all, counted as transformers.Trainer counts them."""
+    batches = math.ceil(math.ceil(rows / config.batch_size) / gpus)
+    per_epoch = max(1, math.ceil(batches / config.gradient_accumulation))
+    return per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
+
+
+def _meta_vlm(path: Any, dtype: torch.dtype) -> MobileVlm:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is a no-op.*")  # loading into meta tensors: that is the point
+        return load_vlm(path, dtype)
+
+
+def _positions(rows: list[Row], processing: Processing, tokenizer: Tokenizer, student: MobileVlm) -> tuple[float, int]:
+    context = student.config.text_config.max_position_embeddings
+    sample = [rows[i * len(rows) // SAMPLED_ROWS] for i in range(SAMPLED_ROWS)] if len(rows) > SAMPLED_ROWS else rows
+    lengths = []
+    for row in sample:
+        length = len(encode_row(row, processing, tokenizer)[0])
+        lengths.append(min(context, length + (student.config.visual_tokens - 1 if row.image else 0)))
+    return sum(lengths) / len(lengths), max(lengths)
+
+
+def _sizes(config: DistillConfig, module: AlignKD, trained: tuple[Trained, ...], longest: int) -> Sizes:
+    student, teacher = module.student, module.teacher
+    layers = student.language_model.layers
+    inner = _count(student.vision_tower) + sum(_count(layer) for layer in layers[1:])
+    return Sizes(
+        student=_count(module),
+        trained=sum(one.count for one in trained),
+        trained_tensors=len(trained),
+        borrowed=_count(module) - inner,
+        layer=_count(layers[-1]),
+        teacher_bytes=_teacher_bytes(teacher, config) if teacher is not None else 0,
+        decoder=_decoder(student),
+        teacher_decoder=_decoder(teacher) if teacher is not None else None,
+        tokens=config.batch_size * longest,
+        logit_values=min(MAX_LOGITS, config.batch_size * longest * student.config.text_config.vocab_size),
+    )
+
+
+def _teacher_bytes(teacher: MobileVlm, config: DistillConfig) -> int:
+    """On the device: all of it, its decoder's matrices in fewer bits, or the largest module that visits the device."""
+    whole = DTYPES[config.teacher_dtype].itemsize
+    if config.teacher_placement == "cpu":
+        own = [sum(p.numel() for p in part.parameters(recurse=False)) for part in teacher.modules()]
+        return whole * max(own)
+    per_weight = BYTES_PER_WEIGHT[config.teacher_bits]
+    if per_weight is None:
+        return whole * _count(teacher)
+    matrices = sum(part.weight.numel() for part in teacher.language_model.modules() if isinstance(part, nn.Linear))
+    return whole * (_count(teacher) - matrices) + int(per_weight * matrices)
+
+
+def _decoder(vlm: MobileVlm) -> Decoder:
+    text = vlm.config.text_config
+    return Decoder(text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_hidden_layers)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
