@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
         if ranks.main:
             write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
         checkpoint = ranks.told(last_checkpoint(config.work))
-        with ranks.first_failure_only(), stop:
+        with ranks.first_failure_only(), stop, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP, of small convolutions' weights
             trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps and stop.received:
             raise _stopped(config, trainer.state.global_step, stop.received)
