@@ -43,6 +43,7 @@ DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("torch", "==2.13.0", "2.13.0", ("distill", "onnx", "executorch", "coreml")),
     Dependency("transformers", "==5.23.0", "5.23.0", ("distill", "onnx", "executorch", "coreml")),
     Dependency("accelerate", "==1.15.0", "1.15.0", ("distill",)),
+    Dependency("peft", "==0.21.2", "0.21.2", ("distill",)),
     Dependency("tensorboard", ">=2.20", "2.21.0", ("distill",)),
     Dependency("protobuf", ">=6", "7.36.2", ("distill",)),
     Dependency("tokenizers", ">=0.22", "0.23.3", ("distill",)),

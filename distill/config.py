@@ -169,7 +169,7 @@ class DistillConfig:
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
     report: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Where curves go: tensorboard writes to OUTPUT/tensorboard; wandb and trackio are extras of their own."""
+    """Where curves go: tensorboard writes to OUTPUT/tensorboard; wandb and trackio are packages of their own."""
     eval_data: Path | None = None
     """Held-out LLaVA JSON; its exact-match accuracy is logged and stands in the model card."""
     eval_steps: int = 500

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+import yaml
 
 from distill.config import DistillConfig
 
@@ -19,13 +22,16 @@ class RunFacts:
 
     steps: int
     rows: int
-    processes: int
+    rows_per_step: int
+    engine: str  # processes, what shares their work, precision
     data_sha256: str
     seconds: float
     parameters: int
     trainable: int
     terms: Mapping[str, float]  # mean over the last log entry
     gradient_norms: Mapping[str, float]  # last measurement, weighted
+    eval_rows: int
+    eval_sha256: str | None
     accuracy: Mapping[str, float]  # percent per family of the held-out rows, last evaluation
 
 
@@ -40,7 +46,7 @@ def render_card(config: DistillConfig, facts: RunFacts) -> str:
         "",
         f"- student: `{config.student}`; teacher: {teacher}",
         f"- data: `{config.data}`, {facts.rows} conversations, sha256 `{facts.data_sha256}`",
-        f"- {facts.steps} steps in {facts.seconds:.0f} s",
+        f"- {facts.steps} steps of {facts.rows_per_step} conversations in {facts.seconds:.0f} s, {facts.engine}",
         f"- {facts.trainable:,} of {facts.parameters:,} parameters trained",
         "",
         "| term | weight | last value | gradient norm |",
@@ -50,13 +56,39 @@ def render_card(config: DistillConfig, facts: RunFacts) -> str:
         "Values are means over the last log entry, on training data; gradient norms are of the weighted term into the",
         "student at the last measurement. `training_log.json` holds all of them.",
         "",
+        *_accuracy_lines(config, facts),
         "Made by:",
         "",
         f"```sh\n{command_line(config)}\n```",
         "",
+        "All settings, which `alignkd-distill --recipe FILE` reads:",
+        "",
+        f"```yaml\n{recipe_text(config)}```",
+        "",
         OPEN,
     ]
     return "\n".join(lines)
+
+
+def recipe_text(config: DistillConfig) -> str:
+    """Every setting as the YAML of a recipe."""
+    plain = json.loads(json.dumps(asdict(config), default=str))
+    return yaml.safe_dump({name: value for name, value in plain.items() if name != "resume"}, sort_keys=False)
+
+
+def _accuracy_lines(config: DistillConfig, facts: RunFacts) -> list[str]:
+    if config.eval_data is None:
+        return []
+    table = [f"| {family} | {value:.1f} |" for family, value in facts.accuracy.items()]
+    return [
+        f"Answers of `{config.eval_data}` (sha256 `{facts.eval_sha256}`, {facts.eval_rows} conversations) that greedy",
+        "decoding gets right to the last token:",
+        "",
+        "| family | % |",
+        "|---|---|",
+        *table,
+        "",
+    ]
 
 
 def command_line(config: DistillConfig) -> str:
@@ -73,6 +105,8 @@ def _flags(settings: object, prefix: str) -> Sequence[str]:
             words += _flags(value, f"{flag}.")
         elif isinstance(value, bool):
             words += [] if value == setting.default else [flag if value else flag.replace("--", "--no-")]
+        elif isinstance(value, tuple) and value != setting.default:
+            words += [flag, *value]
         elif value != setting.default:
             words += [flag, value.as_posix() if isinstance(value, Path) else str(value)]
     return words

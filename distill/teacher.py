@@ -43,7 +43,7 @@ def open_teacher(
     """
     if not config.needs_teacher or config.teacher is None:
         if config.teacher is not None:
-            console.print(f"teacher {config.teacher} is not opened: no loss term with a weight needs it")
+            console.print(f"teacher {config.teacher} is not opened: no loss term with a weight needs it", soft_wrap=True)
         return None
     teacher = load_vlm(config.teacher, DTYPES[config.teacher_dtype])
     theirs = chosen_processing(read_processing(config.teacher), config)
@@ -61,7 +61,7 @@ def open_teacher(
             f"{theirs.image.size} px {theirs.image.strategy}, {teacher.config.visual_tokens}); "
             "choose a pair that agrees"
         )
-    console.print(f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen")
+    console.print(f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen", soft_wrap=True)
     return teacher
 
 

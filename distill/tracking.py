@@ -8,8 +8,9 @@ import os
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from bundle.errors import missing_extra
+from bundle.errors import UsageError
 from distill.config import DistillConfig
+from distill.training_loop import PROJECT
 
 
 def trackers(config: DistillConfig) -> list[TrainerCallback]:
@@ -21,12 +22,14 @@ def trackers(config: DistillConfig) -> list[TrainerCallback]:
     if config.report == "none":
         return []
     if importlib.util.find_spec(config.report) is None:
-        raise missing_extra(config.report, "distill" if config.report == "tensorboard" else config.report)
+        raise UsageError(f"--report {config.report} needs the package '{config.report}'; run: pip install {config.report}")
     if config.report == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         return [TensorBoardCallback(SummaryWriter(str(config.work / "tensorboard")))]
     if config.report == "wandb":
-        os.environ.setdefault("WANDB_DIR", str(config.work))  # nothing is written into the current folder
+        # its files lie beside the run's, and outlive the work folder
+        os.environ.setdefault("WANDB_DIR", str(config.output.parent))
+        os.environ.setdefault("WANDB_PROJECT", PROJECT)
         return [WandbCallback()]
     return [TrackioCallback()]

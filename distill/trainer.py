@@ -52,7 +52,7 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
     ranks = Ranks(args.distributed_state)
     console = ranks.console(console)
     if ranks.told(config.resume and config.output.exists()):
-        console.print(f"{config.output} is finished already")
+        console.print(f"{config.output} is finished already", soft_wrap=True)
         return config.output
     with ranks.agreed():
         if ranks.main:
@@ -82,7 +82,7 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
 
 def _open(config: DistillConfig, console: Console) -> tuple[AlignKD, Processing, LlavaDataset, Collator]:
     rows = read_rows(config.data, config.image_folder)
-    console.print(f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image")
+    console.print(f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image", soft_wrap=True)
     student, processing = load_vlm(config.student), chosen_processing(read_processing(config.student), config)
     teacher = open_teacher(config, student, processing, console)
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
@@ -134,7 +134,7 @@ def _trainer(
     if module.teacher is not None:
         place_teacher(module.teacher, config, args.device)
     if config.grad_norm_steps and not trainer.measures_gradients:
-        console.print("each term's gradient norm is measured under DDP and in one process only: weights are sharded here")
+        console.print("each term's gradient norm is measured under DDP and in one process only: weights are sharded here", soft_wrap=True)
     return trainer
 
 
@@ -164,13 +164,16 @@ def _finish(
     facts = RunFacts(
         steps=trainer.state.global_step,
         rows=len(trainer.train_dataset),
-        processes=ranks.count,
+        rows_per_step=config.batch_size * config.gradient_accumulation * ranks.count,
+        engine=trainer.engine,
         data_sha256=sha256_of(config.data),
         seconds=seconds,
         parameters=sum(p.numel() for p in module.student.parameters()),
         trainable=sum(p.numel() for p in module.student.parameters() if p.requires_grad),
         terms=_last(history, "term/"),
         gradient_norms=_last(history, "gradient_norm/"),
+        eval_rows=len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0,
+        eval_sha256=sha256_of(config.eval_data) if config.eval_data is not None else None,
         accuracy=_last(history, "accuracy/"),
     )
     final = config.work / "final"

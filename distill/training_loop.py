@@ -24,6 +24,7 @@ from distill.term_counts import term_counts
 from distill.term_meter import TermMeter, gradient_norms
 
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
+PROJECT = "alignkd"  # of the trackers that sort runs by project
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 Counts = dict[str, torch.Tensor]
 
@@ -56,6 +57,8 @@ def training_arguments(config: DistillConfig) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to="none",
+        project=PROJECT,
+        run_name=config.output.name,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # AlignKD keeps every trainable parameter in the graph of every batch
     )
@@ -96,6 +99,13 @@ class DistillTrainer(Trainer):
     def align(self) -> AlignKD:
         """The module without what accelerate wraps around it."""
         return self._align
+
+    @property
+    def engine(self) -> str:
+        """How many processes, what shares their work, and the precision, for the model card."""
+        kind, precision = self.accelerator.distributed_type.value, self.accelerator.mixed_precision
+        processes = "1 process" if self._ranks.count == 1 else f"{self._ranks.count} processes by {kind}"
+        return f"{processes}, {'float32' if precision == 'no' else precision}"
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over three groups (decoder, projector, adapters), each with its own learning rate."""

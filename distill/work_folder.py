@@ -58,7 +58,7 @@ def kept_if_resumable(work: Path, console: Console, main: bool = True) -> Iterat
         if last_checkpoint(work) is None:
             shutil.rmtree(work, ignore_errors=True)
         elif not isinstance(error, Stopped):  # which says so itself
-            console.print(f"broken off; its last checkpoint is kept in {work}: continue with --resume")
+            console.print(f"broken off; its last checkpoint is kept in {work}: continue with --resume", soft_wrap=True)
         raise
 
 

@@ -28,9 +28,8 @@ for losses in ce paper; do
     student=$OUT/checkpoints/student-$losses
     resume=()
     [[ -d $student.work ]] && resume=(--resume)
-    make_once "$student" alignkd-distill --losses "$losses" --teacher "$TEACHER" --student "$START" \
-        --data "$DATA/train.json" --output "$student" --max-steps "$STEPS" --batch-size 32 \
-        --learning-rate 2e-3 --top-k 3 "${resume[@]}"
+    make_once "$student" alignkd-distill --recipe "recipes/demo_$losses.yaml" --teacher "$TEACHER" --student "$START" \
+        --data "$DATA/train.json" --output "$student" --max-steps "$STEPS" "${resume[@]}"
 done
 
 # The float models run as fp32 ONNX bundles: the same files, prompts and scoring as on every other target.
