@@ -295,7 +295,7 @@ class AlignKD(nn.Module):
         self, ours: torch.Tensor, theirs: torch.Tensor, their_block: torch.Tensor | None, spans: Spans
     ) -> dict[str, torch.Tensor]:
         """ours [n, N, D_S], theirs [n, N, D_T], their_block [n, H_T, R, N]."""
-        terms = {}
+        terms, theirs = {}, theirs.to(ours.dtype)  # a teacher may be held in bfloat16
         if self.visual_map is not None:
             mapped = self.visual_map(theirs)  # [n, N, D_S]
             if "visual" in self.weights:

@@ -166,7 +166,8 @@ class MobileVlm(PreTrainedModel):
         end = spread.cumsum(1)  # [B, T]
         batch, length = input_ids.shape[0], int(lengths.max())
         kinds = input_ids.new_zeros(batch, length)
-        embeds = self.lm_head.weight.new_zeros(batch, length, self.config.text_config.hidden_size)  # [B, L, D]
+        width, device = self.config.text_config.hidden_size, input_ids.device  # offloaded weights are elsewhere
+        embeds = self.lm_head.weight.new_zeros(batch, length, width, device=device)  # [B, L, D]
         kinds[torch.arange(length, device=kinds.device)[None] < lengths[:, None]] = VISION_KIND
         text_at = (real.bool() & ~is_image).nonzero(as_tuple=True)
         target = (text_at[0], end[text_at] - 1)
