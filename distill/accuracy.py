@@ -107,9 +107,7 @@ def answers_right(vlm: MobileVlm, batch: dict[str, torch.Tensor]) -> tuple[list[
     """
     visual = vlm.encode_images(batch["pixel_values"])  # [n, N, D]; of a blank in a batch of text: shards are shared
     has_images = bool((batch["input_ids"] == vlm.image_token_id).any())
-    expanded = vlm.expand(
-        batch["input_ids"], batch["attention_mask"], visual if has_images else None, batch["labels"]
-    )
+    expanded = vlm.expand(batch["input_ids"], batch["attention_mask"], visual if has_images else None, batch["labels"])
     assert expanded.labels is not None
     wanted = expanded.labels[:, 1:]  # [B, L - 1], what position t must say next
     likeliest = vlm.lm_head(vlm.hidden_states(expanded)[:, :-1]).argmax(-1)  # [B, L - 1]

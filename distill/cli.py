@@ -132,13 +132,11 @@ def _command() -> None:
         tyro.cli(launch, args=sys.argv[2:], prog="alignkd-distill launch")
     else:
         words = with_recipe(sys.argv[1:])
-        tyro.cli(
-            distill, args=words, prog="alignkd-distill", description=DESCRIPTION, console_outputs=_main_process()
-        )
+        tyro.cli(distill, args=words, prog="alignkd-distill", description=DESCRIPTION, console_outputs=_main_process())
 
 
 def _quietly_elsewhere() -> None:
-    """The command in a process that does not speak: a mistake that all of them see is told by the main process alone."""
+    """The command in a process that does not speak: a mistake that all see is told by the main process alone."""
     try:
         _command()
     except UsageError as error:

@@ -72,7 +72,7 @@ class LoraSettings:
 
     rank: int = 0
     """Rank of the updates; 0 trains the decoder's weights themselves."""
-    alpha: float | None = None
+    alpha: int | None = None
     """The update is scaled by alpha / rank; default: twice the rank."""
     dropout: float = 0.0
     """On the input of the updates."""
@@ -80,8 +80,8 @@ class LoraSettings:
     """The decoder's linear layers that get an update, by the end of their names."""
 
     @property
-    def scale_alpha(self) -> float:
-        return 2.0 * self.rank if self.alpha is None else self.alpha
+    def scale_alpha(self) -> int:
+        return 2 * self.rank if self.alpha is None else self.alpha
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,9 @@ class DistillConfig:
         if self.images is not None and not self.images.is_dir():
             problems.append(f"--images {self.images} is no folder")
         if self.teacher_bits and self.teacher_placement == "cpu":
-            problems.append("--teacher-bits keeps the teacher on the device; --teacher-placement cpu is for whole weights")
+            problems.append(
+                "--teacher-bits keeps the teacher on the device; --teacher-placement cpu is for whole weights"
+            )
         return problems
 
     def _numbers(self) -> list[str]:

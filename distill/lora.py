@@ -1,4 +1,4 @@
-"""A student's decoder -> the same decoder with peft's low-rank updates; merged again for the checkpoint, kept beside it."""
+"""A student's decoder -> the same with peft's low-rank updates; merged again for the checkpoint, and kept beside it."""
 
 from __future__ import annotations
 

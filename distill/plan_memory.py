@@ -1,4 +1,4 @@
-"""Sizes of a run and its engine -> bytes per GPU: weights, gradients, optimizer, teacher, activations, by stated formulas.
+"""Sizes of a run and its engine -> bytes per GPU: weights, gradients, optimizer, teacher and activations, by formulas.
 
 Weights, gradients and optimizer are exact: float32 weights and gradients, AdamW's two float32 moments and one float32
 step count a tensor, divided over the GPUs where the engine shards them. Activations are an estimate, within a tenth of
@@ -90,7 +90,9 @@ def memory_per_gpu(sizes: Sizes, engine: Engine, gpus: int, bf16: bool, checkpoi
         gathered = compute * (sizes.borrowed + 2 * sizes.layer)  # this layer and the next, prefetched
     if engine in SHARDS_GRADIENTS:
         gradients, optimizer = _share(gradients, gpus), _share(optimizer, gpus)
-    return Memory(weights, gradients, optimizer, gathered, sizes.teacher_bytes, _activations(sizes, bf16, checkpointing))
+    return Memory(
+        weights, gradients, optimizer, gathered, sizes.teacher_bytes, _activations(sizes, bf16, checkpointing)
+    )
 
 
 def _activations(sizes: Sizes, bf16: bool, checkpointing: bool) -> int:

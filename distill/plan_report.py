@@ -22,10 +22,7 @@ def plan_lines(plan: Plan, config: DistillConfig, every_parameter: bool) -> list
         *(_parameter_line(*row) for row in _rows(plan.trained, every_parameter)),
         "",
         f"memory per GPU, {plan.gpus} x {plan.engine}, {'bf16 autocast' if config.bf16 else 'float32'}:",
-        *(
-            f"  {name:<12} {size(value):>10}"
-            for name, value in (*asdict(memory).items(), ("total", memory.total))
-        ),
+        *(f"  {name:<12} {size(value):>10}" for name, value in (*asdict(memory).items(), ("total", memory.total))),
         "  weights, gradients and optimizer are exact, activations an estimate for the longest sampled row",
         "",
         f"data: {plan.rows:,} rows, {plan.images:,} images; positions per row {plan.positions[0]:.0f} on average, "

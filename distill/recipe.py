@@ -1,4 +1,4 @@
-"""YAML recipe -> the flags it stands for, checked against the settings; flags on the command line come after and win."""
+"""YAML recipe -> the flags it stands for, checked against the settings; flags on the command line follow and win."""
 
 from __future__ import annotations
 

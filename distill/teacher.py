@@ -43,7 +43,9 @@ def open_teacher(
     """
     if not config.needs_teacher or config.teacher is None:
         if config.teacher is not None:
-            console.print(f"teacher {config.teacher} is not opened: no loss term with a weight needs it", soft_wrap=True)
+            console.print(
+                f"teacher {config.teacher} is not opened: no loss term with a weight needs it", soft_wrap=True
+            )
         return None
     teacher = load_vlm(config.teacher, DTYPES[config.teacher_dtype])
     theirs = chosen_processing(read_processing(config.teacher), config)
@@ -61,7 +63,9 @@ def open_teacher(
             f"{theirs.image.size} px {theirs.image.strategy}, {teacher.config.visual_tokens}); "
             "choose a pair that agrees"
         )
-    console.print(f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen", soft_wrap=True)
+    console.print(
+        f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen", soft_wrap=True
+    )
     return teacher
 
 
@@ -89,7 +93,7 @@ def quantize_decoder(teacher: MobileVlm, bits: str) -> None:
         from torchao.quantization.granularity import PerGroup
     except ImportError as error:
         raise missing_extra("torchao", "executorch") from error
-    weight = teacher.language_model.layers[0].mlp.gate_proj.weight
+    weight = teacher.lm_head.weight  # not quantized; placed and typed as the decoder is
     if bits == "8":
         quantize_(teacher.language_model, Int8WeightOnlyConfig())
     elif weight.device.type == "cuda":
@@ -100,4 +104,5 @@ def quantize_decoder(teacher: MobileVlm, bits: str) -> None:
             Int4WeightOnlyConfig(group_size=GROUP_SIZE, int4_packing_format="tile_packed_to_4d"),
         )
     else:
-        quantize_(teacher.language_model, IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP_SIZE)))
+        four = torch.int4  # type: ignore[attr-defined]  # torch 2.13 has it, its stubs do not
+        quantize_(teacher.language_model, IntxWeightOnlyConfig(four, PerGroup(GROUP_SIZE)))

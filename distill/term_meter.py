@@ -59,7 +59,8 @@ class TermMeter:
         state = json.loads((folder / METER_FILE).read_text(encoding="utf-8"))
         share = 1.0 if main else 0.0
         self._sums = {
-            name: torch.tensor(value * share, dtype=torch.float64, device=device) for name, value in state["sums"].items()
+            name: torch.tensor(value * share, dtype=torch.float64, device=device)
+            for name, value in state["sums"].items()
         }
         self._steps, self._norms = state["steps"], state["norms"]
 

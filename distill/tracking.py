@@ -22,7 +22,9 @@ def trackers(config: DistillConfig) -> list[TrainerCallback]:
     if config.report == "none":
         return []
     if importlib.util.find_spec(config.report) is None:
-        raise UsageError(f"--report {config.report} needs the package '{config.report}'; run: pip install {config.report}")
+        raise UsageError(
+            f"--report {config.report} needs the package '{config.report}'; run: pip install {config.report}"
+        )
     if config.report == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 

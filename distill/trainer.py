@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from bundle.staging import refuse_existing, sha256_of, write_text_whole
@@ -36,7 +37,14 @@ from distill.stop_signals import Stopped, StopSignals
 from distill.teacher import chosen_processing, open_teacher, place_teacher
 from distill.tracking import trackers
 from distill.training_loop import DistillTrainer, training_arguments
-from distill.work_folder import SETTINGS_FILE, check_output, kept_if_resumable, last_checkpoint, settings_of
+from distill.work_folder import (
+    SETTINGS_FILE,
+    check_output,
+    every_setting,
+    kept_if_resumable,
+    last_checkpoint,
+    settings_of,
+)
 
 
 def train(config: DistillConfig, console: Console | None = None) -> Path:
@@ -63,7 +71,7 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
         with ranks.agreed():
             trainer = _trainer(config, args, ranks, module, processing, dataset, collator, stop, console)
             begun = time.monotonic()
-            module.student.vision_tower.to(args.device)
+            nn.Module.to(module.student.vision_tower, args.device)
             budget = config.cache_mb << 20
             collator.features = known_features(module, dataset.rows, collator.images, budget)  # on the trainer's device
         if ranks.main:
@@ -82,7 +90,9 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
 
 def _open(config: DistillConfig, console: Console) -> tuple[AlignKD, Processing, LlavaDataset, Collator]:
     rows = read_rows(config.data, config.image_folder)
-    console.print(f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image", soft_wrap=True)
+    console.print(
+        f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image", soft_wrap=True
+    )
     student, processing = load_vlm(config.student), chosen_processing(read_processing(config.student), config)
     teacher = open_teacher(config, student, processing, console)
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
@@ -134,7 +144,10 @@ def _trainer(
     if module.teacher is not None:
         place_teacher(module.teacher, config, args.device)
     if config.grad_norm_steps and not trainer.measures_gradients:
-        console.print("each term's gradient norm is measured under DDP and in one process only: weights are sharded here", soft_wrap=True)
+        console.print(
+            "each term's gradient norm is measured under DDP and in one process only: weights are sharded here",
+            soft_wrap=True,
+        )
     return trainer
 
 
@@ -163,7 +176,7 @@ def _finish(
     module, history = trainer.align, trainer.state.log_history
     facts = RunFacts(
         steps=trainer.state.global_step,
-        rows=len(trainer.train_dataset),
+        rows=trainer.rows,
         rows_per_step=config.batch_size * config.gradient_accumulation * ranks.count,
         engine=trainer.engine,
         data_sha256=sha256_of(config.data),
@@ -172,7 +185,7 @@ def _finish(
         trainable=sum(p.numel() for p in module.student.parameters() if p.requires_grad),
         terms=_last(history, "term/"),
         gradient_norms=_last(history, "gradient_norm/"),
-        eval_rows=len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0,
+        eval_rows=trainer.held_out_rows,
         eval_sha256=sha256_of(config.eval_data) if config.eval_data is not None else None,
         accuracy=_last(history, "accuracy/"),
     )
@@ -182,7 +195,7 @@ def _finish(
     adapters = {name: value.contiguous() for name, value in state.items() if not name.startswith(STUDENT)}
     if adapters:
         save_file(adapters, final / "adapters.safetensors")
-    log = {"settings": settings_of(config), "facts": asdict(facts), "log": history}
+    log = {"settings": every_setting(config), "facts": asdict(facts), "log": history}
     write_text_whole(final / "training_log.json", json.dumps(log, indent=1) + "\n")
     if (events := config.work / "tensorboard").is_dir():
         shutil.move(events, final / "tensorboard")

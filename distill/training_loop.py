@@ -1,4 +1,4 @@
-"""AlignKD + settings -> transformers.Trainer that logs its terms, counts rows over all processes, and can be resumed."""
+"""AlignKD + settings -> transformers.Trainer that logs its terms, counts over all processes, and can be resumed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class DistillTrainer(Trainer):
             model=module,
             args=args,
             train_dataset=dataset,
-            eval_dataset=held_out,  # type: ignore[arg-type]  # the Trainer asks only that there is one
+            eval_dataset=held_out,  # the Trainer asks only that there is one
             data_collator=collator,
             callbacks=[StepEnd(self._meter, held_out is not None), *callbacks],
         )
@@ -99,6 +99,16 @@ class DistillTrainer(Trainer):
     def align(self) -> AlignKD:
         """The module without what accelerate wraps around it."""
         return self._align
+
+    @property
+    def rows(self) -> int:
+        """Conversations of the data."""
+        return len(self._dataset)
+
+    @property
+    def held_out_rows(self) -> int:
+        """Conversations that are asked and not trained on."""
+        return 0 if self._held_out is None else len(self._held_out)
 
     @property
     def engine(self) -> str:
@@ -154,7 +164,7 @@ class DistillTrainer(Trainer):
         return 1 + (self._config.taught_share_end - 1) * done
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Replace the Trainer's loss by the terms' means over processes since the last entry, and their weighted sum."""
+        """Replace the Trainer's loss by the terms' means over processes since the last entry and their weighted sum."""
         if "loss" in logs:
             logs |= self._meter.take()
         super().log(logs, start_time)
@@ -223,7 +233,8 @@ def shard_layer_by_layer(plugin: Any, module: AlignKD) -> None:
 
     AlignKD reads that layer's q and k outside of the layer's own forward pass, so its weights have to be whole from
     the start of AlignKD's forward to the end of the backward pass: as a part of the root unit they are, and so are
-    embedding, projector, lm_head and adapters. (The term attention_groups reads every layer's.) accelerate picks units by class name, hence the marking classes.
+    embedding, projector, lm_head and adapters. (The term attention_groups reads every layer's.)
+    accelerate picks units by class name, hence the marking classes.
     """
     student = module.student
     borrowed = len(student.language_model.layers) if "attention_groups" in module.weights else 1

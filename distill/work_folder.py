@@ -19,8 +19,8 @@ from distill.stop_signals import Stopped
 
 SETTINGS_FILE = "settings.json"  # of an unfinished run, so that it is resumed only as it began
 NOT_COMPARED = (
-    "resume", "output", "log_steps", "save_steps", "cache_mb", "workers", "report", "eval_data", "eval_steps", "eval_rows",
-    "gradient_checkpointing", "teacher_placement",
+    "resume", "output", "log_steps", "save_steps", "cache_mb", "workers", "report", "eval_data", "eval_steps",
+    "eval_rows", "gradient_checkpointing", "teacher_placement",
 )  # fmt: skip
 
 
@@ -79,5 +79,10 @@ def _is_json(path: Path) -> bool:
 
 def settings_of(config: DistillConfig) -> dict[str, Any]:
     """The settings that decide the result, as JSON values."""
-    plain = json.loads(json.dumps(asdict(config), default=str))
-    return {name: value for name, value in plain.items() if name not in NOT_COMPARED}
+    return {name: value for name, value in every_setting(config).items() if name not in NOT_COMPARED}
+
+
+def every_setting(config: DistillConfig) -> dict[str, Any]:
+    """All settings as JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return plain

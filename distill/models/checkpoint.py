@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -107,16 +107,22 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by its stored name."""
+    """Every tensor of a checkpoint by its stored name; under ``torch.device("meta")`` shapes alone, off the headers."""
+    on_paper = torch.get_default_device().type == "meta"
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         if not file.is_file():
             raise UsageError(f"{folder}: weight file {file.name} is named by the index but missing")
         try:
-            state.update(load_file(file))
+            state.update(_shapes(file) if on_paper else load_file(file))
         except SafetensorError as error:
             raise UsageError(f"{file} is damaged ({error}); copy or download it again") from error
     return state
+
+
+def _shapes(file: Path) -> dict[str, torch.Tensor]:
+    with safe_open(file, framework="pt") as stored:
+        return {name: torch.empty(stored.get_slice(name).get_shape(), device="meta") for name in stored.keys()}
 
 
 def _load_ours(folder: Path, config: dict[str, Any]) -> MobileVlm:

@@ -40,7 +40,11 @@ class Running:
 
 
 def start(
-    words: Sequence[object], folder: Path, name: str = "0", env: Mapping[str, str] | None = None, kept: Path | None = None
+    words: Sequence[object],
+    folder: Path,
+    name: str = "0",
+    env: Mapping[str, str] | None = None,
+    kept: Path | None = None,
 ) -> Running:
     """Start ``alignkd-distill`` as a process.
 

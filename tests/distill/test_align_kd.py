@@ -16,8 +16,8 @@ from distill.losses import attention_kl, forward_kl
 from distill.models.create import create_student, create_vlm
 from distill.models.mobilevlm import VISION_KIND, MobileVlm
 from distill.models.roles import look, predicting_rows, spans_of, text_to_image_attention, tower_hash
-from distill.teacher_view import group_bounds
 from distill.parameter_groups import parameter_groups
+from distill.teacher_view import group_bounds
 from distill.term_meter import gradient_norms
 
 if TYPE_CHECKING:

@@ -88,7 +88,9 @@ def test_gradient_checkpointing_changes_no_loss(reference: Path, make_data: Make
         torch.testing.assert_close(values[1][name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_checkpointing_reaches_the_decoder(student: MobileVlm, teacher: MobileVlm, mixed: dict[str, torch.Tensor]) -> None:
+def test_checkpointing_reaches_the_decoder(
+    student: MobileVlm, teacher: MobileVlm, mixed: dict[str, torch.Tensor]
+) -> None:
     """Fewer tensors are kept for the backward pass, and with the same gradients."""
     module = AlignKD(student, teacher, {"cross_entropy": 1.0, "attention": 1.0, "visual": 1.0}).train()
     kept, gradients = [], []

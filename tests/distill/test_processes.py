@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,17 @@ def alone(words: list[object], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("config", ["cpu_2_ddp", "cpu_2_fsdp2"])
-def test_two_processes_train_as_one(words: list[object], folder: Path, alone: Path, config: str) -> None:
+def test_two_processes_killed_and_resumed_train_as_one(
+    words: list[object], folder: Path, alone: Path, config: str
+) -> None:
     output = folder / config
-    processes = launch(
-        launch_config(config), [*words, "--output", output, "--eval-data", words[5], "--eval-steps", 10], folder
-    )
+    words = [*words, "--output", output, "--eval-data", words[5], "--eval-steps", 10, "--save-steps", 5]
+    killed = launch(launch_config(config), words, folder)
+    killed[0].wait_for(f"step 7/{STEPS}")
+    for one in killed:
+        one.process.kill()
+    assert [one.end() for one in killed] == [-signal.SIGKILL] * 2
+    processes = launch(launch_config(config), [*words, "--resume"], folder)
     succeeded(processes)
     assert processes[0].out.read_text().startswith(f"{output}: {STEPS} steps") and processes[1].out.read_text() == ""
     ours, theirs = log_of(alone), log_of(output)
@@ -79,7 +86,9 @@ def test_two_processes_train_as_one(words: list[object], folder: Path, alone: Pa
         assert list(found) == list(expected)
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, atol=2e-4, rtol=2e-3)
-    accuracy = [entry for entry in json.loads((output / "training_log.json").read_text())["log"] if "accuracy/all" in entry]
+    accuracy = [
+        entry for entry in json.loads((output / "training_log.json").read_text())["log"] if "accuracy/all" in entry
+    ]
     assert [entry["step"] for entry in accuracy] == [10, 20]
 
 
@@ -97,9 +106,7 @@ def test_a_mistake_that_all_see_is_told_once(words: list[object], folder: Path, 
 def test_an_image_that_one_process_cannot_read_ends_both(words: list[object], folder: Path, tmp_path: Path) -> None:
     data = Path(str(words[5]))
     (data.parent / "images" / "5.png").write_bytes(b"\x89PNG broken")
-    processes = launch(
-        launch_config("cpu_2_ddp"), [*words, "--output", tmp_path / "new", "--cache-mb", 0], folder
-    )
+    processes = launch(launch_config("cpu_2_ddp"), [*words, "--output", tmp_path / "new", "--cache-mb", 0], folder)
     codes = [one.end() for one in processes]
     said = [line for one in processes for line in one.err.read_text().splitlines() if line.startswith("error:")]
     assert 2 in codes and 0 not in codes

@@ -21,7 +21,8 @@ def parse(*words: object) -> DistillConfig:
 
 
 @pytest.mark.parametrize(
-    ("name", "rates", "template", "rows"), [("pretrain", (2e-5, 1e-3), "plain", 256), ("finetune", (4e-5, None), "v1", 128)]
+    ("name", "rates", "template", "rows"),
+    [("pretrain", (2e-5, 1e-3), "plain", 256), ("finetune", (4e-5, None), "v1", 128)],
 )
 def test_the_stages_are_the_papers(name: str, rates: tuple[float, float | None], template: str, rows: int) -> None:
     config = parse("--recipe", RECIPES / f"mobilevlm_v2_{name}.yaml", *NEEDED)

@@ -1,4 +1,4 @@
-"""Real processes, killed at any moment or asked to stop: what --resume makes of them is what an undisturbed run makes."""
+"""Real processes, killed at any moment or asked to stop: what --resume makes of them is what a straight run makes."""
 
 from __future__ import annotations
 

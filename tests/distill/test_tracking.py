@@ -1,4 +1,4 @@
-"""Where curves go: TensorBoard by default, another tracker by name, a missing one as a line; progress with what is left."""
+"""Where curves go: TensorBoard by default, another tracker by name, a missing one as a line."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def termwarn(*a, **k): pass
 @pytest.fixture
 def config(reference: Path, make_data: MakeData, tmp_path: Path) -> DistillConfig:
     return DistillConfig(
-        student=reference / "student", data=make_data(), output=tmp_path / "new", losses="ce", batch_size=3, max_steps=4,
-        log_steps=2,
+        student=reference / "student", data=make_data(), output=tmp_path / "new", losses="ce", batch_size=3,
+        max_steps=4, log_steps=2,
     )  # fmt: skip
 
 
