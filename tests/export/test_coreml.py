@@ -24,7 +24,7 @@ from bundle.runtimes.coreml_interpreter import CoreMlInterpreter
 from bundle.runtimes.mil_graph import block_of
 from bundle.runtimes.mil_program import Program, Rounding
 from bundle.runtimes.mil_proto import read_spec
-from bundle.verify import relative_error
+from bundle.replay import relative_error
 from distill.models.mobilevlm import MobileVlm
 from export.contract import ExportedGraphs, ExportRequest
 from export.coreml_checks import Budget, check_package

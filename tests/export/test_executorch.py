@@ -22,7 +22,7 @@ from bundle.errors import UsageError
 from bundle.manifest import Precision
 from bundle.runtimes import executorch as engine
 from bundle.runtimes.contract import Runtime
-from bundle.verify import relative_error
+from bundle.replay import relative_error
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from export.contract import ExportedGraphs, ExportRequest
 from export.executorch_modules import TextDecoder, VisionEncoder, weight_sharing_copy
