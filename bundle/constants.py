@@ -23,6 +23,8 @@ from bundle.staging import inside, write_text_whole
 CONSTANTS_FILE = "golden/constants.json"
 DIGEST_CHARACTERS = 16
 Digests = dict[str, str]
+# Tables of the rotary embedding by their exporters' names; a .pte does not keep names.
+TABLES = ("rotary_", "cos", "sin")
 
 
 def record_constants(bundle: Path, manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bundle.constants import changed_constants
+from bundle.constants import TABLES, changed_constants
 from bundle.errors import UsageError
 from bundle.manifest import GraphName, Manifest, Stage
 
@@ -113,11 +113,12 @@ def _graph_or_weights(bad: StageResult, bundle: Path, manifest: Manifest) -> Dia
         changed, unread = changed_constants(bundle, manifest, graph), ""
     except UsageError as error:
         changed, unread = [], f" (not checked whether its weights changed: {error})"
+    weights = [name for name in changed if not name.startswith(TABLES)]
     if changed:
         names = ", ".join(changed[:SHOWN_NAMES]) + (", ..." if len(changed) > SHOWN_NAMES else "")
         return Diagnosis(
             bad.stage,
-            "quantization",
+            "quantization" if weights else "graph",  # rotary tables are the graph's, no weights
             measured,
             f"{len(changed)} constants of {manifest.graphs[graph].path} are not those of the recording: {names}",
             "export the bundle again, and change no weights or scales afterwards",

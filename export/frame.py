@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bundle.constants import CONSTANTS_FILE, record_constants
+from bundle.constants import record_constants
 from bundle.errors import UsageError, VerificationError
 from bundle.golden import GREEDY_TOKENS, read_golden
 from bundle.manifest import (
-    Golden,
     Manifest,
     Parity,
     Precision,
@@ -24,7 +23,6 @@ from bundle.manifest import (
 from bundle.runtimes.registry import first_entry
 from bundle.staging import fresh_directory, refuse_existing
 from bundle.tokenizer import open_tokenizer
-from bundle.tolerances import quantization_tolerances, tolerances
 from bundle.verify import verdict_of
 from distill.models.checkpoint import load_vlm
 from distill.models.mobilevlm import MobileVlm
@@ -158,14 +156,7 @@ def _manifest(
         image=processing.image,
         prompt=processing.prompt,
         tokenizer=processing.tokenizer.model_copy(update={"path": TOKENIZER_FILE}),
-        golden=Golden(
-            cases=recorded.cases,
-            vectors=recorded.vectors,
-            constants=CONSTANTS_FILE,
-            activation_error=recorded.activation_error,
-            tolerances=tolerances(job.target, job.precision, recorded.activation_error),
-            quantization_tolerances=quantization_tolerances(recorded.rounding_error),
-        ),
+        golden=recorded.golden(job.target, job.precision),
         files={},
     )
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from bundle.constants import CONSTANTS_FILE
 from bundle.golden import CASES_FILE, write_golden
-from bundle.manifest import Precision, Stage, Target, VectorSet
-from bundle.tolerances import KERNELS, SIMULATED
+from bundle.manifest import Golden, Precision, Stage, Target, VectorSet
+from bundle.tolerances import KERNELS, SIMULATED, quantization_tolerances, tolerances
 from distill.models.mobilevlm import MobileVlm
 from export.dequantized import load_dequantized, rounded_weights
 from export.golden_record import (
@@ -39,6 +40,17 @@ class Recorded:
     vectors: dict[VectorSet, str]
     activation_error: dict[Stage, float]
     rounding_error: dict[Stage, float]
+
+    def golden(self, target: Target, precision: Precision) -> Golden:
+        """The manifest's entry."""
+        return Golden(
+            cases=self.cases,
+            vectors=self.vectors,
+            constants=CONSTANTS_FILE,
+            activation_error=self.activation_error,
+            tolerances=tolerances(target, precision, self.activation_error),
+            quantization_tolerances=quantization_tolerances(self.rounding_error),
+        )
 
 
 @torch.no_grad()

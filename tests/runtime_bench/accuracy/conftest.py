@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from bundle.manifest import (
-    STAGES,
     Golden,
     Graph,
     GraphQuantization,
