@@ -122,7 +122,7 @@ def test_the_bundle_is_whole_before(exported: Path, verify: Callable) -> None:
 def test_bilinear_resize_is_stage_pixels(bundle: Path, verify: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(image.FILTERS, "bicubic", Image.Resampling.BILINEAR)
     code, err, result = verify(bundle)
-    assert code == 3 and "stage 'pixels'" in err
+    assert code == 3 and "stage 'pixels', kind preprocessing" in err
     stages = {row["stage"]: row["ok"] for row in result["verdicts"][0]["stages"]}
     assert [stage for stage, ok in stages.items() if not ok] == ["pixels"], "later stages are fed the recorded pixels"
 
@@ -131,7 +131,7 @@ def test_bilinear_resize_is_stage_pixels(bundle: Path, verify: Callable, monkeyp
 def test_a_wrong_space_in_the_prompt_is_stage_prompt(bundle: Path, verify: Callable, change: dict[str, str]) -> None:
     rewrite(bundle, prompt=read_manifest(bundle).prompt.model_copy(update=change))
     code, err, result = verify(bundle)
-    assert code == 3 and "stage 'prompt'" in err
+    assert code == 3 and "stage 'prompt', kind preprocessing" in err
     assert result["verdicts"][0]["first_bad_stage"] == "prompt"
 
 
@@ -151,7 +151,7 @@ def test_one_altered_weight_is_the_stage_of_its_graph(
     assert code == 3 and f"file '{data.relative_to(bundle).as_posix()}' was changed" in err
     rewrite(bundle)
     code, err, result = verify(bundle)
-    assert code == 3 and f"stage '{stage}'" in err
+    assert code == 3 and f"stage '{stage}', kind quantization" in err and "are not those of the recording" in err
     assert result["verdicts"][0]["first_bad_stage"] == stage
 
 
@@ -159,7 +159,7 @@ def test_swapped_key_and_value_caches_are_stage_greedy_tokens(bundle: Path, veri
     swap_key_and_value_caches(bundle)
     rewrite(bundle)
     code, err, result = verify(bundle)
-    assert code == 3 and "stage 'greedy_tokens'" in err
+    assert code == 3 and "stage 'greedy_tokens', kind graph" in err and "keys and values swapped" in err
     assert result["verdicts"][0]["first_bad_stage"] == "greedy_tokens", "a prefill starts from empty caches"
 
 

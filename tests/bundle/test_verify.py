@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bundle import image, verify_cli
-from bundle.errors import BackendMissingError, UsageError, VerificationError
+from bundle import constants, image, verify_cli
+from bundle.errors import BackendMissingError, UsageError, VerificationError, missing_extra
+from bundle.golden import read_golden, write_golden
 from bundle.manifest import MANIFEST_FILE, STAGES, read_manifest
 from bundle.processor import host_family
 from bundle.replay import relative_error
@@ -247,3 +248,58 @@ def test_a_runtime_that_is_not_here_is_listed_with_its_reason(
         verify_bundle(numpy_bundle, runtimes=("absent",))
     with pytest.raises(UsageError, match="runtime 'tpu' does not run bundles for 'onnx'; allowed: absent, numpy"):
         verify_bundle(numpy_bundle, runtimes=("tpu",))
+
+
+def test_weights_further_than_rounding_are_kind_quantization(
+    numpy_bundle: Path, numpy_module: Any, rehash: Callable[..., None]
+) -> None:
+    manifest = read_manifest(numpy_bundle)
+    recording = read_golden(numpy_bundle, manifest)
+    in_float = dict(recording.sets["float"])
+    in_float["text.first_logits"] = in_float["text.first_logits"] * np.float32(1.25)
+    files = write_golden(numpy_bundle, recording.cases, {"float": in_float, "dequantized": recording.sets["float"]})
+    rehash(numpy_bundle, golden=manifest.golden.model_copy(update={"vectors": files}))
+    (verdict,) = verify_bundle(numpy_bundle)
+    assert verdict.diagnosis is not None
+    assert (verdict.diagnosis.stage, verdict.diagnosis.kind) == ("first_logits", "quantization")
+    assert "further from the checkpoint's than rounding to fp32" in verdict.diagnosis.cause
+    row = next(row for row in verdict.stages if row.stage == "first_logits")
+    assert row.error <= row.tolerance and row.quantization_error == pytest.approx(0.2)
+    assert row.total_error == pytest.approx(0.2), "the runtime computes what the files hold"
+
+
+def test_a_changed_constant_is_told_from_a_changed_graph(
+    numpy_bundle: Path, numpy_module: Any, rehash: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numpy_module.runtime.faults["prefill"] = lambda output: output * np.float32(1.1)
+    (verdict,) = verify_bundle(numpy_bundle)
+    assert verdict.diagnosis is not None and verdict.diagnosis.kind == "graph"
+    assert "look at rotary base" in verdict.diagnosis.cause and "--fp32" in verdict.diagnosis.next_step
+    assert verdict.diagnosis.measured.startswith("1.00e-01, 10000.0 times the tolerance 1.00e-05 (case '")
+    flip_a_bit(numpy_bundle)
+    rehash(numpy_bundle)
+    (verdict,) = verify_bundle(numpy_bundle)
+    assert verdict.diagnosis is not None and verdict.diagnosis.kind == "quantization"
+    assert "1 constants of text_decoder.bin are not those of the recording: weights" in verdict.diagnosis.cause
+
+    def absent(path: Path) -> Any:
+        raise missing_extra("onnx", "onnx")
+
+    monkeypatch.setitem(constants.READERS, "onnx", absent)
+    (verdict,) = verify_bundle(numpy_bundle)
+    assert verdict.diagnosis is not None and verdict.diagnosis.kind == "graph"
+    assert "not checked whether its weights changed: the package 'onnx' is not installed" in verdict.diagnosis.cause
+
+
+def test_tolerances_can_be_scaled_to_measure(
+    numpy_bundle: Path, numpy_module: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    numpy_module.runtime.faults["embed"] = lambda output: output * np.float32(1 + 3e-5)
+    assert run(capsys, monkeypatch, numpy_bundle)[0] == 3
+    code, out, _ = run(capsys, monkeypatch, numpy_bundle, "--tolerance-scale", 100, "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["verdicts"][0]["stages"][3]["tolerance"] == 1e-3
+
+
+def test_flags_of_a_comparison_need_one(numpy_bundle: Path, capsys: Any, monkeypatch: Any) -> None:
+    code, _, err = run(capsys, monkeypatch, numpy_bundle, "--min-agreement", 0.5)
+    assert code == 2 and "--cases and --min-agreement need --compare OTHER" in err

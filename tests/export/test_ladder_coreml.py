@@ -1,4 +1,4 @@
-"""The ladder on ML programs, evaluated here: healthy ones pass, each planted fault is named by its stage and its kind."""
+"""The ladder on ML programs, evaluated here: healthy ones pass, each planted fault is named by stage and kind."""
 
 from __future__ import annotations
 
