@@ -222,8 +222,8 @@ def _answer(side: _Side, question: Question, limit: int, file: Path) -> None:
     """The first bundle's answer, kept on disk: logits of a large vocabulary are megabytes a question."""
     inputs = side.inputs(question)
     logits = side.logits(inputs.rows, limit)
-    visual = {} if inputs.visual_tokens is None else {"visual_tokens": inputs.visual_tokens}
-    np.savez(file, logits=logits, embeddings=inputs.embeddings, **visual)
+    visual = np.zeros(0, np.float32) if inputs.visual_tokens is None else inputs.visual_tokens
+    np.savez(file, logits=logits, embeddings=inputs.embeddings, visual_tokens=visual)
 
 
 def _agreement(side: _Side, question: Question, file: Path) -> Agreement:

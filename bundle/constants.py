@@ -58,7 +58,7 @@ def constant_digests(bundle: Path, manifest: Manifest, graph: GraphName) -> Dige
     return {name: _digest(part) for name, part in READERS[manifest.target](path)}
 
 
-def _digest(part: bytes | memoryview | np.ndarray[Any, Any]) -> str:
+def _digest(part: Any) -> str:
     return sha256(part).hexdigest()[:DIGEST_CHARACTERS]
 
 

@@ -80,7 +80,9 @@ def rounded(weight: torch.Tensor, storage: Storage) -> torch.Tensor:
 @contextmanager
 def rounded_weights(vlm: MobileVlm, target: Target, precision: Precision) -> Iterator[None]:
     """Let every matrix of ``vlm`` compute with its ``rounded`` weights while the block runs, one layer at a time."""
-    names = {module: f"{name}.weight" for name, module in vlm.named_modules() if isinstance(module, MATRICES)}
+    names: dict[nn.Module, str] = {
+        module: f"{name}.weight" for name, module in vlm.named_modules() if isinstance(module, MATRICES)
+    }
     kept: dict[nn.Module, torch.Tensor] = {}
 
     def swap(module: nn.Module, _inputs: object) -> None:

@@ -40,14 +40,14 @@ PROCESSING = Processing(
 
 
 def tiny_vlm() -> MobileVlm:
-    """Two decoder layers with grouped queries, one tower layer that is read, 9 patches, 1 visual token."""
+    """One decoder layer with grouped queries, one tower layer that is read, 9 patches, 1 visual token."""
     torch.manual_seed(3)
     text = LlamaConfig(
         hidden_size=64,
         num_attention_heads=2,
         num_key_value_heads=1,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         vocab_size=VOCABULARY,
         max_position_embeddings=CONTEXT,
         pad_token_id=0,
@@ -219,7 +219,7 @@ DRIVERS: dict[str, tuple[Callable[[Runtime], None], str]] = {
 WEIGHTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = {
     "embedding rows shifted": ("language_model.embed_tokens.weight", lambda w: w.roll(1, 0), "embeddings"),
     "projector transposed": ("projector.linear_2.weight", lambda w: w.T.contiguous(), "visual_tokens"),
-    "one group scaled": ("language_model.layers.1.mlp.up_proj.weight", lambda w: _one_group(w), "first_logits"),
+    "one group scaled": ("language_model.layers.0.mlp.up_proj.weight", lambda w: _one_group(w), "first_logits"),
 }
 
 

@@ -88,17 +88,17 @@ def decoder_of(copied: tuple[Path, Manifest]) -> Path:
 
 
 def test_one_altered_block_scale_in_the_file(copied: tuple[Path, Manifest]) -> None:
-    scales = blob(decoder_of(copied), "language_model_layers_1_mlp_down_proj_weight", np.float16, "scale")
-    scales[0] *= 8
+    scales = blob(decoder_of(copied), "language_model_layers_0_mlp_down_proj_weight", np.float16, "scale")
+    scales[0] *= 32
     scales.flush()
     verdict = ladder.judged(*copied)
     assert ladder.found(verdict) == ("first_logits", "quantization")
-    assert "language_model_layers_1_mlp_down_proj_weight_to_fp16_quantized.scale" in str(verdict.diagnosis)
+    assert "language_model_layers_0_mlp_down_proj_weight_to_fp16_quantized.scale" in str(verdict.diagnosis)
 
 
 @pytest.mark.parametrize("levels", [7, 127])
 def test_a_quantized_rotary_table_is_the_graphs(levels: int, copied: tuple[Path, Manifest]) -> None:
-    for name in ("cos_", "sin_"):
+    for name in ("cos_to_fp16", "sin_to_fp16"):
         table = blob(decoder_of(copied), name, np.float16)
         table[:] = np.round(table * levels) / levels
         table.flush()
