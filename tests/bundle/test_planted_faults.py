@@ -206,3 +206,21 @@ def test_a_graph_truncated_with_its_hash_is_one_line(bundle: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
     assert done.returncode in (2, 3) and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert path.name in done.stderr
+
+
+def test_int4_against_fp32_token_by_token(
+    exported: Path, exported_int4: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["alignkd-verify", str(exported), "--compare", str(exported_int4), "--json", "--max-new-tokens", "4"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as leaving:
+        verify_cli.main()
+    out, _ = capsys.readouterr()
+    row = json.loads(out.splitlines()[-1])
+    assert leaving.value.code == 0 and 0 < row["agreement"] <= 1 and row["tokens"] <= 16
+    manifest = read_manifest(exported_int4)
+    assert manifest.parity is not None
+    # the two runtimes are apart by what the export found between the int4 runtime and the checkpoint in float32
+    wanted = manifest.parity.total_error["visual_tokens"]
+    assert row["relative_error"]["visual_tokens"] == pytest.approx(wanted, rel=0.02)
+    assert row["mean_kl_nats"] > 0

@@ -53,9 +53,15 @@ def test_a_graph_that_is_driven_wrongly(fault: str, copied: tuple[Path, Manifest
     assert ladder.found(ladder.judged(*copied, spoil)) == (stage, "graph")
 
 
-def test_a_mask_that_hides_nothing(copied: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = coreml_interpreter.causal_mask
-    monkeypatch.setattr(coreml_interpreter, "causal_mask", lambda *sizes: np.zeros_like(mask(*sizes)))
+def test_a_mask_that_hides_the_first_rows(copied: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    causal = coreml_interpreter.causal_mask
+
+    def hiding(position: int, rows: int) -> np.ndarray:
+        mask = causal(position, rows).copy()  # [1, 1, rows, position + rows]
+        mask[..., 4:, :4] = -1e4
+        return mask
+
+    monkeypatch.setattr(coreml_interpreter, "causal_mask", hiding)
     assert ladder.found(ladder.judged(*copied)) == ("first_logits", "graph")
 
 
