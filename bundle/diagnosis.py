@@ -102,7 +102,8 @@ def diagnose(stages: tuple[StageResult, ...], bundle: Path, manifest: Manifest) 
             "quantization",
             f"weights move it by {_times(bad.quantization_error, bad.quantization_tolerance)}",
             f"the stored weights are further from the checkpoint's than rounding to {manifest.precision} explains",
-            f"alignkd-export CHECKPOINT --target {manifest.target} --int8, and compare the two with --compare",
+            f"alignkd-export CHECKPOINT --target {manifest.target} --int8 --output DIR, then alignkd-verify "
+            f"DIR --compare {bundle}",
         )
     return _graph_or_weights(bad, bundle, manifest)
 
@@ -129,8 +130,8 @@ def _graph_or_weights(bad: StageResult, bundle: Path, manifest: Manifest) -> Dia
         measured,
         f"{graph} computes something else than torch with the same weights{unread}; "
         f"look at {GRAPH_SUSPECTS[bad.stage]}",
-        f"alignkd-doctor (tested versions?), then alignkd-export CHECKPOINT --target {manifest.target} --fp32: if that "
-        "passes, the quantized kernels are at fault, else the exporter",
+        f"alignkd-doctor (tested versions?), then alignkd-export CHECKPOINT --target {manifest.target} --fp32 --output "
+        "DIR: if that passes, the quantized kernels are at fault, else the exporter",
     )
 
 
