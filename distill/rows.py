@@ -82,9 +82,9 @@ class IndexedRows:
         return self.index.sha256
 
     def raw(self, number: int) -> Any:
-        """The row's JSON value as it stands in the data; None where a shard holds none."""
-        text = self.index.row_bytes(number)
-        return json.loads(text) if text else None
+        """The row's JSON value as it stands in the data; None where a shard holds none that can be read."""
+        faults, text = self.index.faults.get(number, ()), self.index.row_bytes(number)
+        return None if any(kind == "row-shape" for kind, _ in faults) else json.loads(text)
 
     def packed(self, number: int) -> PackedImage | None:
         """The image that lies beside the row in its shard."""
