@@ -19,13 +19,14 @@ class LengthGroupedOrder(Sampler[int]):
     neighbours still vary, and the processes of one step have rows of like length, so that none waits for another.
     accelerate deals batches out in turn, batch k to process k mod ``processes``. Which rows a step has depends on
     ``processes * batch_size`` alone: two processes train on the rows that one would with batches twice as large.
+    Rows left over, fewer than one step's, are the last of the shuffled ones, not the longest of a group, so that none is
+    left over in every epoch.
 
     Args:
         lengths: of the rows, in any unit [rows].
         batch_size: rows a process takes per step.
-        processes: that train together. With several, the rows left over, fewer than one step's, sit the epoch out
-            (others do in the next): all processes have as many batches, and no row comes twice. One process takes them
-            as a last, smaller batch.
+        processes: that train together. With several, the rows left over sit the epoch out: all processes have as many
+            batches, and no row comes twice. One process takes them as a last, smaller batch.
 
     Raises:
         UsageError: the rows are not enough for one step of all processes.
@@ -53,13 +54,14 @@ class LengthGroupedOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         draw = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         shuffled = torch.randperm(len(self._lengths), generator=draw).numpy()
-        groups = np.arange(len(shuffled)) // (self._step * self.STEPS_PER_GROUP)
-        ordered = shuffled[np.lexsort((self._lengths[shuffled], groups))]  # stable: by group, then by length
-        full = len(ordered) // self._step
-        steps = ordered[: full * self._step].reshape(full, self._step)
-        yield from _one_by_one(steps[torch.randperm(full, generator=draw).numpy()].reshape(-1))
+        full = len(shuffled) // self._step
+        dealt, left_over = np.split(shuffled, [full * self._step])
+        groups = np.arange(len(dealt)) // (self._step * self.STEPS_PER_GROUP)
+        ordered = dealt[np.lexsort((self._lengths[dealt], groups))]  # stable: by group, then by length
+        steps = ordered.reshape(full, self._step)[torch.randperm(full, generator=draw).numpy()]
+        yield from _one_by_one(steps.reshape(-1))
         if self._processes == 1:
-            yield from _one_by_one(ordered[full * self._step :])  # last, or it would shift the others
+            yield from _one_by_one(left_over)  # last, or it would shift the others
 
 
 def _one_by_one(rows: np.ndarray, at_once: int = 1 << 16) -> Iterator[int]:

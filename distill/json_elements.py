@@ -20,6 +20,8 @@ from bundle.errors import UsageError
 CHUNK_BYTES = 1 << 20
 MAX_ELEMENT_BYTES = 1 << 28  # a longer one is a string that is never closed, not a conversation
 TAIL = 16  # a parser error this close to the window's end may be a literal, a number or an escape that was cut
+NUMBER_TAIL = 3  # what may be left over of a number that was cut behind its integer part, such as "e+", and one more
+DELIMITERS = tuple(",] \t\n\r")
 BOM = b"\xef\xbb\xbf"
 DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -121,12 +123,14 @@ class _Window:
             except RecursionError as error:
                 raise self.problem("nested too deeply") from error
             except ValueError as error:
+                what, at = (error.msg, error.pos) if isinstance(error, json.JSONDecodeError) else (str(error), None)
+                problem = self.problem(what, at)  # before the window slides
                 if not self._may_be_cut(error) or not self._more():
-                    what, at = (error.msg, error.pos) if isinstance(error, json.JSONDecodeError) else (str(error), None)
-                    raise self.problem(what, at) from error
+                    raise problem from error
                 continue
-            if end < len(self._text) or not self._more():  # else a number might go on behind the window
-                return self._taken(value, end)
+            behind, size = self._text[end : end + NUMBER_TAIL], end - self._at
+            if len(behind) == NUMBER_TAIL or behind[:1] in DELIMITERS or not self._more():
+                return self._taken(value, self._at + size)
 
     def _taken(self, value: Any, end: int) -> Element:
         start, piece = self._base + self._at, self._text[self._at : end]
