@@ -92,7 +92,8 @@ class _Window:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
         self._text, self._base, self._at = "", 0, 0
-        self._more()
+        while len(self._text) < len(BOM) and self._more():
+            pass
         if self._text.startswith(BOM.decode("latin-1")):
             self._at = len(BOM)
 

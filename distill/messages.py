@@ -101,7 +101,7 @@ def _plain_message(message: Any, position: int, images: list[Any], faults: list[
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind == "image":
-            texts.append(f"{IMAGE_MARKER}\n")
+            texts.append(IMAGE_MARKER)
             images += [part[key] for key in ("image", "path", "url") if part.get(key) is not None][:1]
         else:
             shown = kind if isinstance(kind, str) else type(part).__name__

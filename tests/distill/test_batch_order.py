@@ -1,4 +1,4 @@
-"""The order of rows over processes: in step, nothing twice, like lengths together, exactly where a resumed run goes on."""
+"""The order of rows over processes: in step, nothing twice, like lengths together, entered again at any step."""
 
 from __future__ import annotations
 
