@@ -1,4 +1,4 @@
-"""Copies are found through resizing and recompression, different pictures are not; the search equals comparing all pairs."""
+"""Copies are found through resizing and recompression, others are not; the search equals comparing all pairs."""
 
 from __future__ import annotations
 
@@ -79,16 +79,16 @@ def test_the_search_equals_comparing_all_pairs(seed: int, left: int, right: int,
     assert found == expected
 
 
-def test_a_hundred_thousand_hashes_do_not_need_all_pairs() -> None:
+def test_a_twenty_thousand_hashes_do_not_need_all_pairs() -> None:
     draws = np.random.RandomState(0)
-    many, few = np.zeros(100_000, FINGERPRINT), np.zeros(1000, FINGERPRINT)
-    many["hash"] = draws.randint(0, 2**63, (100_000, 2))
-    few["hash"] = many["hash"][::100]
+    many, few = np.zeros(20_000, FINGERPRINT), np.zeros(1000, FINGERPRINT)
+    many["hash"] = draws.randint(0, 2**63, (20_000, 2))
+    few["hash"] = many["hash"][::20]
     few["hash"][:, 0] ^= np.uint64(0b10010001)
     compared = [len(lefts) for lefts, _, _ in like_pairs(few, many, HASH_DISTANCE)]
     assert sum(compared) >= 1000
     found, others, bits = nearest(few, many, HASH_DISTANCE)
-    assert others.tolist() == list(range(0, 100_000, 100)) and set(bits.tolist()) == {3}
+    assert others.tolist() == list(range(0, 20_000, 20)) and set(bits.tolist()) == {3}
 
 
 @pytest.mark.parametrize("name", WRITERS)
