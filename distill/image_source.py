@@ -51,6 +51,8 @@ def read_image(source: ImageSource) -> bytes:
         raise UsageError(f"image {source} does not exist; put it there, or remove the row") from error
     except OSError as error:
         raise UsageError(f"image {source} cannot be read ({error.strerror}); check the file and its rights") from error
+    if not source.size:
+        raise UsageError(f"image {source} has no bytes in its shard; mend the shard, or remove the row")
     if len(data) < source.size:
         raise UsageError(f"image {source} is cut off: its file ends early; copy or download the shard again")
     return data

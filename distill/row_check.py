@@ -116,9 +116,9 @@ def image_of(rows: IndexedRows, number: int, raw: Any) -> ImageSource | None:
     Raises:
         UsageError: its name leaves the image folder.
     """
-    packed = rows.packed(number)
-    if packed is not None or rows.index.faults.get(number):
-        return packed
+    packed, faults = rows.packed(number), rows.index.faults.get(number)
+    if packed is not None or faults:
+        return packed if not any(kind == "image-missing" for kind, _ in faults or ()) else None
     plain, _ = plain_row(raw)
     image = plain.get("image") if isinstance(plain, dict) else None
     return inside(rows.images, image, "image") if isinstance(image, str) and image else None

@@ -24,19 +24,20 @@ from bundle.errors import UsageError
 from bundle.staging import sha256_of, write_text_whole
 from distill.data_files import FORMATS, container_of
 from distill.messages import Fault
-from distill.row_sources import Located, located_rows
+from distill.row_sources import Located, Span, located_rows
 
 VERSION = 1
 RECORD = np.dtype(
     [
         ("file", "<u4"), ("start", "<u8"), ("size", "<u4"),  # the row's JSON
-        ("image_file", "<u4"), ("image_start", "<u8"), ("image_size", "<u4"),  # size 0: it is a file of its own
+        ("image_file", "<u4"), ("image_start", "<u8"), ("image_size", "<u4"),  # NO_FILE: it is a file of its own
         ("name_start", "<u8"), ("name_size", "<u4"),  # the image's name, in names.bin
         ("characters", "<u4"),  # of questions and answers
         ("has_image", "?"), ("sound", "?"), ("present", "?"),
     ]
 )  # fmt: skip
 RECORDS, NAMES, PACKED, FAULTS, HEAD = "records.bin", "names.bin", "packed.bin", "faults.json", "index.json"
+NO_FILE = (1 << 32) - 1
 BUFFERED_ROWS = 1 << 14
 
 
@@ -190,7 +191,7 @@ class _Writer:
         self.number = 0
 
     def add(self, located: Located, measured: Measure) -> None:
-        row, image, name = located.row, located.image, measured.image_name.encode()
+        row, image, name = located.row, located.image or Span(NO_FILE), measured.image_name.encode()
         self._names.write(name)
         self._buffer.append(
             (row.file, row.start, row.size, image.file, image.start, image.size, self._name_start, len(name),

@@ -21,7 +21,7 @@ PARQUET_BATCH_ROWS = 64  # alive at a time, pictures included
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes ``[start, start + size)`` of the file with this number; ``size`` 0 is nothing."""
+    """Bytes ``[start, start + size)`` of the file with this number."""
 
     file: int = 0
     start: int = 0
@@ -30,11 +30,11 @@ class Span:
 
 @dataclass(slots=True)
 class Located:
-    """A raw row, its bytes, and the image that lies beside it in a shard, if any."""
+    """A raw row, its bytes, and the image that lies beside it in a shard; an image that is not there has no bytes."""
 
     raw: Any
     row: Span
-    image: Span = field(default_factory=Span)
+    image: Span | None = None
     image_name: str | None = None
     faults: list[Fault] = field(default_factory=list)
 
@@ -113,6 +113,7 @@ def _sample(path: Path, number: int, members: list[tarfile.TarInfo]) -> Located:
         )
     if not pictures and isinstance(found.raw, dict) and (found.raw.get("image") or found.raw.get("images")):
         found.faults.append(("image-missing", f"sample {key} of {path.name} names an image and holds no picture"))
+        found.image, found.image_name = Span(number), key
     return found
 
 
@@ -157,8 +158,6 @@ def _pack(raw: dict[str, Any], number: int, packed: BinaryIO) -> Located:
         name, data = pictures[0]
         found.image, found.image_name = Span(number, packed.tell(), len(data)), name or "image"
         packed.write(data)
-        if not data:
-            found.faults.append(("image-corrupt", "the image has no bytes"))
     return found
 
 

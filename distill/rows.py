@@ -22,7 +22,7 @@ from distill.data_files import FORMATS, data_files
 from distill.image_source import PackedImage
 from distill.messages import plain_row
 from distill.row_faults import short
-from distill.row_index import Measure, RowIndex, load_index, open_index
+from distill.row_index import NO_FILE, Measure, RowIndex, load_index, open_index
 from distill.row_sources import Located
 
 
@@ -60,9 +60,9 @@ class IndexedRows:
     def __getitem__(self, number: int) -> Row:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        faults = self.index.faults.get(number)
-        if faults:
-            raise UsageError(f"{self.data} row {number}: {faults[0][1]}")
+        for kind, message in self.index.faults.get(number, ()):
+            if kind != "image-missing":  # the row is whole; its image cannot be read
+                raise UsageError(f"{self.data} row {number}: {message}")
         return parse_row(self.raw(number), number, self.data, self.images, self.packed(number))
 
     def __iter__(self) -> Iterator[Row]:
@@ -89,7 +89,7 @@ class IndexedRows:
     def packed(self, number: int) -> PackedImage | None:
         """The image that lies beside the row in its shard."""
         record = self.index.records[number]
-        if not record["image_size"]:
+        if record["image_file"] == NO_FILE:
             return None
         file = self.index.files[record["image_file"]]
         return PackedImage(file, int(record["image_start"]), int(record["image_size"]), self.index.name(number))
@@ -108,7 +108,9 @@ class IndexedRows:
             raise AssertionError(f"row {number} parses, but its index says that it does not")
         for number in np.flatnonzero(~self.index.records["present"]) if missing_images else ():
             image = self[int(number)].image
-            if isinstance(image, Path) and not image.is_file():
+            if not isinstance(image, Path):
+                raise UsageError(f"{self.data} row {number}: {self.index.faults[int(number)][0][1]}")
+            if not image.is_file():
                 raise UsageError(
                     f"{self.data} row {number}: image {image} does not exist; put it there, "
                     "or name the right folder with --images"
@@ -181,18 +183,19 @@ def _measurer(data: Path, images: Path) -> Callable[[int, Located], Measure]:
     """What the index keeps of a row; a faulty one counts as empty."""
 
     def measure(number: int, located: Located) -> Measure:
-        packed = PackedImage(Path(), 0, 1, located.image_name or "image") if located.image.size else None
+        packed = None if located.image is None else PackedImage(Path(), 0, 0, located.image_name or "image")
         plain, _ = plain_row(located.raw, packed.name if packed else None)
         name = plain.get("image") if isinstance(plain, dict) else None
         name = name if isinstance(name, str) else ""
+        kinds = [kind for kind, _ in located.faults]
         try:
-            if located.faults:
+            if set(kinds) - {"image-missing"}:
                 raise UsageError(located.faults[0][1])
             row = parse_row(located.raw, number, data, images, packed)
         except UsageError:
             return Measure(0, bool(name), name, sound=False, present=True)
         characters = sum(len(turn.question) + len(turn.answer) for turn in row.turns)
-        present = not isinstance(row.image, Path) or row.image.is_file()
+        present = row.image.is_file() if isinstance(row.image, Path) else not kinds
         return Measure(characters, row.image is not None, name, sound=True, present=present)
 
     return measure

@@ -168,11 +168,8 @@ def test_pictures_of_each_benchmark_are_found_in_the_data(
 
 
 def test_several_images_of_a_row_are_one_fault(folder: Path) -> None:
-    rows: list[Any] = [
-        {"id": "a", "messages": [{"role": "user", "content": "<image><image>?"}, {"role": "assistant", "content": "x"}]}
-    ]
-    rows[0]["images"] = ["0.png", "1.png"]
-    (folder / "rows.json").write_text(json.dumps(rows))
+    talk = [{"role": "user", "content": "<image><image>?"}, {"role": "assistant", "content": "x"}]
+    (folder / "rows.json").write_text(json.dumps([{"id": "a", "messages": talk, "images": ["0.png", "1.png"]}]))
     (fault,) = check(folder / "rows.json").faults
     assert (fault.kind, fault.message) == ("several-images", "2 images; a conversation has one at most: split the row")
 
@@ -186,14 +183,9 @@ def test_samples_that_are_no_rows_are_named(folder: Path) -> None:
         add_member(tar, "c.jpg", (folder / "3.png").read_bytes())
         add_member(tar, "d.json", b"{")
     report = check(path)
-    assert [(fault.row, fault.kind) for fault in report.faults] == [
-        (1, "row-shape"),
-        (2, "several-images"),
-        (3, "row-shape"),
-    ]
-    assert (
-        "has 0 .json members" in report.faults[0].message and "d.json of s.tar is not JSON" in report.faults[2].message
-    )
+    found = {fault.row: (fault.kind, fault.message) for fault in report.faults}
+    assert {row: kind for row, (kind, _) in found.items()} == {1: "row-shape", 2: "several-images", 3: "row-shape"}
+    assert "has 0 .json members" in found[1][1] and "d.json of s.tar is not JSON" in found[3][1]
 
 
 def test_a_fault_of_an_image_is_told_in_every_row_that_has_it(folder: Path) -> None:
@@ -205,7 +197,7 @@ def test_a_fault_of_an_image_is_told_in_every_row_that_has_it(folder: Path) -> N
 
 
 def test_worker_processes_find_what_one_process_finds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = sound() * 2
+    rows = sound() + sound()
     rows[6]["conversations"][1] = {"from": "gpt", "value": ""}
     data = WRITERS["tar"](folder, rows)
     monkeypatch.setattr("distill.doctor.ROWS_AT_ONCE", 3)

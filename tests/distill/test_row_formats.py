@@ -21,7 +21,7 @@ from bundle.errors import UsageError
 from bundle.staging import sha256_of
 from distill.image_source import PackedImage, open_source, read_image
 from distill.row_sources import located_rows
-from distill.rows import open_rows, read_rows
+from distill.rows import Row, open_rows, read_rows
 
 
 def talk(*values: str) -> list[dict[str, str]]:
@@ -92,6 +92,18 @@ def test_an_index_is_used_again_until_the_data_change(folder: Path, monkeypatch:
     assert list(read_rows(data, folder, kept)) == list(first) and (kept / "index.json").stat().st_ino == built
     WRITERS["list"](folder, ROWS[:3])
     assert len(read_rows(data, folder, kept)) == 3
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_of_two_that_build_one_index_at_a_time_both_get_a_whole_one(folder: Path) -> None:
+    data, kept = WRITERS["list"](folder, ROWS), folder / "index"
+    other: list[list[Row]] = []
+
+    def meanwhile(rows: int) -> None:
+        if rows == 3 and not other:
+            other.append(list(read_rows(data, folder, kept)))
+
+    assert list(open_rows(data, folder, kept, meanwhile)) == other[0]
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
