@@ -10,11 +10,19 @@ import tyro
 
 from bundle.errors import UsageError
 
-Losses = Literal["paper", "ce"]
+Losses = Literal["paper", "published_code", "ce"]
 OnBadImage = Literal["stop", "skip"]
-# the paper weighs its five terms equally (Align-KD, arXiv 2412.01282)
 PRESETS: dict[Losses, dict[str, float]] = {
+    # the paper weighs its five terms equally (Align-KD, arXiv 2412.01282)
     "paper": {"cross_entropy": 1.0, "reverse_kl": 1.0, "attention": 1.0, "visual": 1.0, "focus": 1.0},
+    # what the authors' code computes instead, for comparison only: distill/published_code.py
+    "published_code": {
+        "cross_entropy": 1.0,
+        "published_logits": 1.0,
+        "published_attention": 1.0,
+        "visual": 1.0,
+        "published_focus": 1.0,
+    },
     "ce": {"cross_entropy": 1.0},
 }
 
@@ -33,14 +41,30 @@ class TermWeights:
     """Jensen-Shannon divergence on the answers."""
     skew_kl: float | None = None
     """DistiLLM's skew KL (0.1) on the answers."""
+    adaptive_kl: float | None = None
+    """Forward KL on the teacher's likely words, reverse KL on the others, by where the student is off."""
+    cosine: float | None = None
+    """1 - cosine of the two distributions."""
     attention: float | None = None
     """Mean square of the first layer's text-to-image attention through a learned head map, the paper's."""
     attention_kl: float | None = None
     """KL of the same attention, head mean renormalised over the image; scale-free, without a map."""
+    attention_groups: float | None = None
+    """The same in every layer of the student, against the teacher's layers at that depth."""
     visual: float | None = None
     """Mean square of all visual tokens through a learned width map, the paper's V-all."""
     focus: float | None = None
     """The same over the visual tokens that the teacher's text looks at most, the paper's V-focus."""
+    normed_visual: float | None = None
+    """Mean square of layer-normed visual tokens, the student's mapped to the teacher's width."""
+    relation: float | None = None
+    """1 - cosine of the visual tokens' Gram matrices; without a map."""
+    published_logits: float | None = None
+    """The published code's logits term: every position, float16."""
+    published_attention: float | None = None
+    """The published code's attention term: a constant."""
+    published_focus: float | None = None
+    """The published code's focus term: wrongly indexed tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +82,21 @@ class DistillConfig:
     images: Path | None = None
     """Folder of the images that the data names; default: the data file's folder."""
     losses: Losses = "paper"
-    """paper: the five terms of Align-KD; ce: plain cross entropy, no teacher."""
+    """paper: the five terms of Align-KD; published_code: what its code does instead; ce: cross entropy, no teacher."""
     weights: TermWeights = field(default_factory=TermWeights)
     """Change single weights."""
     temperature: float = 1.0
     """Of the divergences; 1 in the paper."""
+    mask: Literal["answer", "answer+vision", "all"] = "answer"
+    """Positions the divergences look at: those that predict an answer, these and the visual tokens, or all."""
+    taught_share_end: float = 1.0
+    """Share of the distillation terms' weights that is left at the end; it falls linearly from 1."""
+    learned_balance: bool = False
+    """Learn the distillation terms' weights as their uncertainties (Kendall et al. 2018)."""
+    label_smoothing: float = 0.0
+    """Of the cross entropy."""
+    attention_by_mass: bool = False
+    """The attention KLs weigh a text position by how much the teacher looks at the image there."""
     top_k: int = 16
     """Visual tokens per image in the focus term; 16 in the paper."""
     epochs: float = 1.0
@@ -156,11 +190,14 @@ class DistillConfig:
         not_negative = {
             "weight-decay": self.weight_decay, "max-grad-norm": self.max_grad_norm,
             "grad-norm-steps": self.grad_norm_steps, "cache-mb": self.cache_mb, "workers": self.workers,
+            "taught-share-end": self.taught_share_end,
             "seed": self.seed,
             **{f"weights.{name.replace('_', '-')}": weight or 0.0 for name, weight in asdict(self.weights).items()},
         }  # fmt: skip
         problems = [f"--{name} {value} must be above 0" for name, value in positive.items() if not value > 0]
         problems += [f"--{name} {value} must be 0 or more" for name, value in not_negative.items() if not value >= 0]
+        if not 0 <= self.label_smoothing < 1:
+            problems.append(f"--label-smoothing {self.label_smoothing} must be from 0 up to below 1")
         if not 0 <= self.warmup < 1:
             problems.append(f"--warmup {self.warmup} must be a part of the run, from 0 up to below 1")
         if not self.term_weights:

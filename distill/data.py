@@ -141,6 +141,8 @@ class Collator:
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v].
 
+        A batch of text alone brings one blank image, so that every batch uses every trained parameter.
+
         Raises:
             BadImageError: an image cannot be read, unless ``report_bad``.
         """
@@ -156,8 +158,10 @@ class Collator:
                     raise
                 bad.append(example)
         batch = self._padded(good or [_nothing_of(bad[0])])
-        if images:
-            batch["pixel_values" if self.features is None else "image_features"] = torch.stack(images)
+        if images or self.features is None or self.features:
+            batch["pixel_values" if self.features is None else "image_features"] = torch.stack(
+                images or [self._blank()]
+            )
         if bad:
             batch[BAD_ROWS] = torch.tensor([example["row"].number for example in bad])  # [k]
         return batch
@@ -170,6 +174,10 @@ class Collator:
         if row.image not in self.features:
             raise BadImageError(f"row {row.number}: image {row.image} could not be read when the run began")
         return [self.features[row.image]]  # [P, D_v]
+
+    def _blank(self) -> torch.Tensor:
+        """An image of nothing: [3, S, S], or [P, D_v] where features are known."""
+        return self.images.blank() if self.features is None else torch.zeros_like(next(iter(self.features.values())))
 
     def _padded(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         length = max(len(example["input_ids"]) for example in examples)

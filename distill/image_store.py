@@ -38,6 +38,10 @@ class ImageStore:
             self._kept[row.image] = pixels
         return pixels
 
+    def blank(self) -> torch.Tensor:
+        """A picture of nothing [3, S, S], for a batch without one: see ``AlignKD.forward``."""
+        return torch.zeros(3, self._spec.size, self._spec.size)
+
     def decode(self, row: Row) -> torch.Tensor:
         """As ``pixels``, without keeping the image."""
         assert row.image is not None

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from bundle.errors import UsageError
 from bundle.staging import refuse_existing, sha256_of, write_text_whole
 from bundle.tokenizer import open_tokenizer
-from distill.align_kd import AlignKD
+from distill.align_kd import AlignKD, TermSettings
 from distill.bad_images import SHOWN, BadImages, read_all
 from distill.config import DistillConfig
 from distill.data import BAD_ROWS, Collator, ImageStore, LengthGroupedOrder, LlavaDataset
@@ -74,7 +74,13 @@ def _run(config: DistillConfig, console: Console) -> None:
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
     module = AlignKD(
-        student, teacher, config.term_weights, config.temperature, config.top_k, config.freeze_tower, config.seed
+        student,
+        teacher,
+        config.term_weights,
+        term_settings(config),
+        config.freeze_tower,
+        config.learned_balance,
+        config.seed,
     )
     images = ImageStore(processing.image, config.cache_mb << 20)
     collator = Collator(processing.tokenizer.pad_id, images, report_bad=True)
@@ -157,8 +163,13 @@ class DistillTrainer(Trainer):
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)).add(value.detach())
         self._counted += 1
-        loss = self.align.total(terms)
+        loss = self.align.total(terms, self._taught_share())
         return (loss, terms) if return_outputs else loss
+
+    def _taught_share(self) -> float:
+        """What is left of the distillation terms' weights at this step."""
+        done = self.state.global_step / max(1, self.state.max_steps)
+        return 1 + (self._config.taught_share_end - 1) * done
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each term's mean since the last entry, and gradient norms measured since then."""
@@ -175,6 +186,17 @@ class DistillTrainer(Trainer):
         return LengthGroupedOrder(
             self._dataset.text_lengths(), self.args.train_batch_size, self._config.seed, self.args.world_size
         )
+
+
+def term_settings(config: DistillConfig) -> TermSettings:
+    """The part of the settings that the loss terms are computed with."""
+    return TermSettings(
+        temperature=config.temperature,
+        mask=config.mask,
+        label_smoothing=config.label_smoothing,
+        top_k=config.top_k,
+        attention_by_mass=config.attention_by_mass,
+    )
 
 
 def parameter_groups(module: AlignKD, config: DistillConfig) -> list[dict[str, Any]]:

@@ -45,8 +45,8 @@ def _share_right(vlm: MobileVlm, examples: list[Example], collator: Collator) ->
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
     for start in range(0, len(ordered), BATCH):
         batch = collator(ordered[start : start + BATCH])
-        pixels = batch.get("pixel_values")
-        visual = None if pixels is None else vlm.encode_images(pixels)
+        has_images = bool((batch["input_ids"] == vlm.image_token_id).any())
+        visual = vlm.encode_images(batch["pixel_values"]) if has_images else None
         expanded = vlm.expand(batch["input_ids"], batch["attention_mask"], visual, batch["labels"])
         assert expanded.labels is not None
         likeliest = vlm.lm_head(vlm.hidden_states(expanded)).argmax(-1)  # [B, L]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
-from distill.models.mobilevlm import TEXT_KIND, VISION_KIND, Expanded, MobileVlm
+from distill.models.mobilevlm import PADDING_KIND, TEXT_KIND, VISION_KIND, Expanded, MobileVlm
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Roles:
 
     expanded: Expanded
     hidden: torch.Tensor  # [B, L, D] after the final norm
+    layer_inputs: tuple[torch.Tensor, ...]  # [B, L, D] what decoder layer 0, or every layer, reads
 
 
 def look(
@@ -42,19 +43,21 @@ def look(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
-    features: torch.Tensor | None,
+    visual_tokens: torch.Tensor | None,
+    every_layer: bool = False,
 ) -> Roles:
     """Run the decoder once, without lm_head.
 
     Args:
         input_ids, attention_mask, labels: [B, T].
-        features: tower features [n, P, D_v] of the batch's images in reading order; None for a text-only batch.
+        visual_tokens: [n, N, D] of the batch's images in reading order; None for a text-only batch.
+        every_layer: keep the input of every decoder layer, not of the first alone.
     """
-    visual = None if features is None else vlm.projector(features.to(vlm.dtype))  # [n, N, D]
-    expanded = vlm.expand(input_ids, attention_mask, visual, labels)
+    expanded = vlm.expand(input_ids, attention_mask, visual_tokens, labels)
     # rows are right-padded, so the causal rule alone hides padding from real positions: no mask, SDPA's fast path
-    hidden = vlm.language_model(inputs_embeds=expanded.inputs_embeds, use_cache=False).last_hidden_state
-    return Roles(expanded, hidden)
+    output = vlm.language_model(inputs_embeds=expanded.inputs_embeds, use_cache=False, output_hidden_states=every_layer)
+    inputs = output.hidden_states[:-1] if every_layer else (expanded.inputs_embeds,)
+    return Roles(expanded, output.last_hidden_state, inputs)
 
 
 def spans_of(expanded: Expanded) -> Spans:
@@ -70,35 +73,60 @@ def spans_of(expanded: Expanded) -> Spans:
     return Spans(sample, columns, rows, after.gather(1, rows))
 
 
-def text_to_image_attention(vlm: MobileVlm, expanded: Expanded, spans: Spans) -> torch.Tensor:
-    """The first layer's softmax attention, text rows x vision columns [n, H, R, N], computed from its q and k alone.
+def text_to_image_attention(vlm: MobileVlm, roles: Roles, spans: Spans, layer: int = 0) -> torch.Tensor:
+    """One layer's softmax attention, text rows x vision columns [n, H, R, N], computed from its q and k alone.
 
     The softmax runs over every key that a row sees (causal, no padding); only then is the image cut out.
     """
-    layer, embeds = vlm.language_model.layers[0], expanded.inputs_embeds  # [B, L, D]
-    assert isinstance(layer, LlamaDecoderLayer)
-    attention = layer.self_attn
-    normed = layer.input_layernorm(embeds)  # [B, L, D]
-    position = torch.arange(embeds.shape[1], device=embeds.device)[None]  # [1, L]
-    cos, sin = vlm.language_model.rotary_emb(embeds, position_ids=position)  # [1, L, d]
-    image = torch.arange(len(spans.sample), device=embeds.device)[:, None]  # [n, 1]
-    q = _heads(attention.q_proj(normed[spans.sample[:, None], spans.rows]), attention.head_dim)  # [n, H, R, d]
-    k = _heads(attention.k_proj(normed), attention.head_dim)  # [B, H_kv, L, d]
-    q, _ = apply_rotary_pos_emb(q, q, cos[0][spans.rows], sin[0][spans.rows])
-    k, _ = apply_rotary_pos_emb(k, k, cos, sin)
-    k = k.repeat_interleave(attention.num_key_value_groups, dim=1)[spans.sample]  # [n, H, L, d]
-    scores = (q @ k.transpose(-1, -2)).float() * attention.scaling  # [n, H, R, L]
-    unseen = position[:, None] > spans.rows[..., None]  # [n, R, L]; padding lies to the right of every real row
-    weights = scores.masked_fill(unseen[:, None], float("-inf")).softmax(-1)  # [n, H, R, L]
+    weights = attention_rows(vlm, roles.layer_inputs[layer], spans.sample, spans.rows, layer)  # [n, H, R, L]
+    image = torch.arange(len(spans.sample), device=weights.device)[:, None]  # [n, 1]
     return weights.transpose(1, 3)[image, spans.columns].transpose(1, 3)  # [n, H, R, N]
 
 
-def supervised_rows(roles: Roles) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [S, D] of the positions whose next token is a label, and those labels [S]."""
-    labels = roles.expanded.labels
+def attention_rows(
+    vlm: MobileVlm, states: torch.Tensor, sample: torch.Tensor, rows: torch.Tensor, layer: int = 0
+) -> torch.Tensor:
+    """Some rows of one layer's softmax attention [n, H, R, L].
+
+    Args:
+        states: [B, L, D], the layer's input; right-padded.
+        sample: [n], the batch row that each entry looks at.
+        rows: [n, R], query positions.
+    """
+    block = vlm.language_model.layers[layer]
+    assert isinstance(block, LlamaDecoderLayer)
+    attention = block.self_attn
+    normed = block.input_layernorm(states)  # [B, L, D]
+    position = torch.arange(states.shape[1], device=states.device)[None]  # [1, L]
+    cos, sin = vlm.language_model.rotary_emb(states, position_ids=position)  # [1, L, d]
+    q = _heads(attention.q_proj(normed[sample[:, None], rows]), attention.head_dim)  # [n, H, R, d]
+    k = _heads(attention.k_proj(normed), attention.head_dim)  # [B, H_kv, L, d]
+    q, _ = apply_rotary_pos_emb(q, q, cos[0][rows], sin[0][rows])
+    k, _ = apply_rotary_pos_emb(k, k, cos, sin)
+    k = k.repeat_interleave(attention.num_key_value_groups, dim=1)[sample]  # [n, H, L, d]
+    scores = (q @ k.transpose(-1, -2)).float() * attention.scaling  # [n, H, R, L]
+    unseen = position[:, None] > rows[..., None]  # [n, R, L]; padding lies to the right of every real row
+    return scores.masked_fill(unseen[:, None], float("-inf")).softmax(-1)
+
+
+def predicting_rows(roles: Roles, mask: str = "answer") -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions that predict something a loss looks at.
+
+    Args:
+        mask: "answer": the next token is supervised; "answer+vision": and every visual token; "all": every real
+            position that has a next one.
+
+    Returns:
+        Hidden states [S, D], and the supervised next tokens [S], -100 where the next token is not supervised.
+    """
+    labels, kinds = roles.expanded.labels, roles.expanded.kinds
     assert labels is not None
     targets = labels[:, 1:]
     kept = targets != -100  # [B, L - 1]
+    if mask == "answer+vision":
+        kept = kept | (kinds[:, :-1] == VISION_KIND)
+    elif mask == "all":
+        kept = kinds[:, 1:] != PADDING_KIND
     return roles.hidden[:, :-1][kept], targets[kept]
 
 

@@ -10,17 +10,20 @@ import torch
 from transformers import LlamaConfig
 
 from distill import align_kd
-from distill.align_kd import TERMS, AlignKD
+from distill.align_kd import PUBLISHED_TERMS, TERMS, AlignKD, TermSettings
 from distill.config import PRESETS, DistillConfig, TermWeights
+from distill.losses import attention_kl, forward_kl
 from distill.models.create import create_student, create_vlm
 from distill.models.mobilevlm import VISION_KIND, MobileVlm
-from distill.models.roles import look, spans_of, text_to_image_attention, tower_hash
+from distill.models.roles import look, predicting_rows, spans_of, text_to_image_attention, tower_hash
+from distill.teacher_view import group_bounds
 from distill.trainer import gradient_norms, parameter_groups
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Case
 
 Batch = dict[str, torch.Tensor]
+TAUGHT = tuple(name for name in TERMS if name != "cross_entropy" and name not in PUBLISHED_TERMS)
 
 
 def config_for(folder: Path, **changes: object) -> DistillConfig:
@@ -58,10 +61,10 @@ def test_attention_block_is_what_transformers_computes(student: MobileVlm, mixed
             mixed["input_ids"],
             mixed["attention_mask"],
             mixed["labels"],
-            vlm.tower_features(mixed["pixel_values"]),
+            vlm.encode_images(mixed["pixel_values"]),
         )
         spans = spans_of(seen.expanded)
-        block = text_to_image_attention(vlm, seen.expanded, spans)  # [n, H, R, N]
+        block = text_to_image_attention(vlm, seen, spans)  # [n, H, R, N]
         vlm.language_model.set_attn_implementation("eager")
         out = vlm.language_model(
             inputs_embeds=seen.expanded.inputs_embeds,
@@ -95,6 +98,74 @@ def test_every_trainable_parameter_gets_a_gradient_and_is_in_one_group(
     names = {name for name in trainable if not name.startswith("student.")}
     assert names == {"head_map.weight", "head_map.bias", "visual_map.weight", "visual_map.bias"}
     assert not any(name.startswith("student.vision_tower") for name in trainable)
+
+
+def test_a_batch_of_text_uses_every_trained_parameter_and_moves_only_what_reads_text(
+    student: MobileVlm, teacher: MobileVlm, mixed: Batch
+) -> None:
+    module = AlignKD(student, teacher, dict.fromkeys(TAUGHT, 1.0) | {"cross_entropy": 1.0}, learned_balance=True)
+    text = rows_of(mixed, [1], [0]) | {"pixel_values": mixed["pixel_values"][:1] * 0}
+    module.total(module(**text)).backward()
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    seeing = [name for name in gradients if "projector." in name or "_map." in name]
+    assert len(seeing) == 12 and not any(gradients[name].any() for name in seeing)  # type: ignore[union-attr]
+    without = module(**rows_of(mixed, [1], []))
+    assert {name: value.item() for name, value in module(**text).items()} == pytest.approx(
+        {name: value.item() for name, value in without.items()}, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows"), [("answer", 9), ("answer+vision", 9 + 2 * 144 - 1), ("all", 16 + 143 + 9 + 7 + 143)]
+)
+def test_the_divergences_look_where_the_mask_says(
+    mask: str, rows: int, student: MobileVlm, teacher: MobileVlm, mixed: Batch
+) -> None:
+    weights = {"cross_entropy": 1.0, "forward_kl": 1.0}
+    terms = AlignKD(student, teacher, weights, TermSettings(mask=mask))(**mixed)
+    plain = AlignKD(student, teacher, weights)(**mixed)
+    assert terms["cross_entropy"].item() == pytest.approx(plain["cross_entropy"].item(), rel=1e-5)
+    visual = [vlm.encode_images(mixed["pixel_values"]) for vlm in (student, teacher)]
+    seen = [
+        look(vlm, mixed["input_ids"], mixed["attention_mask"], mixed["labels"], tokens)
+        for vlm, tokens in zip((student, teacher), visual, strict=True)
+    ]
+    hidden = [predicting_rows(roles, mask)[0] for roles in seen]
+    assert len(hidden[0]) == rows
+    expected = forward_kl(student.lm_head(hidden[0]), teacher.lm_head(hidden[1]))
+    assert terms["forward_kl"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_groups_compare_each_layer_with_the_teachers_layers_at_its_depth(
+    student: MobileVlm, teacher: MobileVlm, mixed: Batch
+) -> None:
+    assert group_bounds(2, 4) == [(0, 2), (2, 4)] and group_bounds(4, 2) == [(0, 1), (0, 1), (1, 2), (1, 2)]
+    module = AlignKD(student, teacher, {"attention_groups": 1.0})
+    found = module(**mixed)["attention_groups"].item()
+    batch = (mixed["input_ids"], mixed["attention_mask"], mixed["labels"])
+    ours = look(student, *batch, student.encode_images(mixed["pixel_values"]), every_layer=True)
+    theirs = look(teacher, *batch, teacher.encode_images(mixed["pixel_values"]), every_layer=True)
+    spans = spans_of(ours.expanded)
+    values = []
+    for layer in (0, 1):
+        pair = [text_to_image_attention(teacher, theirs, spans, 2 * layer + i).mean(1, keepdim=True) for i in (0, 1)]
+        block = text_to_image_attention(student, ours, spans, layer)
+        values.append(attention_kl(block, (pair[0] + pair[1]) / 2, spans.row_mask).item())
+    assert found == pytest.approx(sum(values) / 2, rel=1e-5)
+
+
+def test_the_taught_share_scales_all_but_the_cross_entropy(
+    student: MobileVlm, teacher: MobileVlm, mixed: Batch
+) -> None:
+    module = AlignKD(student, teacher, {"cross_entropy": 2.0, "forward_kl": 3.0})
+    terms = {"cross_entropy": torch.tensor(5.0), "forward_kl": torch.tensor(7.0)}
+    assert module.total(terms).item() == 31 and module.total(terms, 0.5).item() == 20.5
+    learned = AlignKD(student, teacher, {"cross_entropy": 2.0, "forward_kl": 3.0}, learned_balance=True)
+    assert learned.total(terms).item() == 31 and learned.balance is not None and set(learned.balance) == {"forward_kl"}
+    learned.total(terms).backward()
+    gradient = learned.balance["forward_kl"].grad
+    assert gradient is not None and gradient.item() == pytest.approx(3 * (1 - 7))
 
 
 def test_an_unfrozen_tower_trains_up_to_the_layer_that_is_read(student: MobileVlm, mixed: Batch) -> None:
@@ -145,23 +216,23 @@ def test_nothing_supervised_gives_zero_not_nan(student: MobileVlm, teacher: Mobi
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(teacher: MobileVlm, mixed: Batch) -> None:
     twin = create_student(teacher, 128, 4, 8, 192)
     twin.load_state_dict(teacher.state_dict())
-    names = ("reverse_kl", "forward_kl", "jensen_shannon", "skew_kl", "attention", "attention_kl", "visual", "focus")
-    module = AlignKD(twin, teacher, dict.fromkeys(names, 1.0))
-    assert module.head_map is not None and module.visual_map is not None
+    module = AlignKD(twin, teacher, dict.fromkeys(TAUGHT, 1.0))
+    assert module.head_map is not None and module.visual_map is not None and module.student_map is not None
     with torch.no_grad():
         module.head_map.weight.copy_(torch.eye(8)[..., None, None])
-        module.visual_map.weight.copy_(torch.eye(128))
+        for linear in (module.visual_map, module.student_map):
+            linear.weight.copy_(torch.eye(128))
+            linear.bias.zero_()
         module.head_map.bias.zero_()
-        module.visual_map.bias.zero_()
         terms = module(**mixed)
-    assert {name: value.item() for name, value in terms.items()} == pytest.approx(dict.fromkeys(names, 0.0), abs=1e-5)
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(dict.fromkeys(TAUGHT, 0.0), abs=1e-5)
 
 
 def test_chunks_of_rows_change_nothing(
     student: MobileVlm, teacher: MobileVlm, mixed: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = {"cross_entropy": 1.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
-    module = AlignKD(student, teacher, weights, temperature=2.0)
+    module = AlignKD(student, teacher, weights, TermSettings(temperature=2.0))
     results = []
     for limit in (align_kd.MAX_LOGITS, 2 * 512):  # everything at once; two rows at a time
         monkeypatch.setattr(align_kd, "MAX_LOGITS", limit)

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from distill import losses
 
-DIVERGENCES = [losses.forward_kl, losses.reverse_kl, losses.jensen_shannon, losses.skew_kl]
+DIVERGENCES = [
+    losses.forward_kl,
+    losses.reverse_kl,
+    losses.jensen_shannon,
+    losses.skew_kl,
+    losses.adaptive_kl,
+    losses.cosine,
+]
 Divergence = Callable[..., torch.Tensor]
 
 
@@ -35,6 +42,25 @@ def test_divergences_have_the_known_values() -> None:
     mixed = (0.1 * 0.8 + 0.9 * 0.5, 0.1 * 0.2 + 0.9 * 0.5)
     skewed = 0.8 * math.log(0.8 / mixed[0]) + 0.2 * math.log(0.2 / mixed[1])
     assert losses.skew_kl(student, teacher).item() == pytest.approx(skewed, abs=1e-6)
+
+
+def test_adaptive_kl_and_cosine_have_the_known_values() -> None:
+    student, teacher = torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([[0.7, 0.2, 0.1]])
+    forward = losses.forward_kl(student.log(), teacher.log()).item()
+    reverse = losses.reverse_kl(student.log(), teacher.log()).item()
+    in_head = 0.5 / (0.5 + 0.1 + 0.4)  # the first word alone holds more than half of the teacher's mass
+    found = losses.adaptive_kl(student.log(), teacher.log()).item()
+    assert found == pytest.approx(in_head * forward + (1 - in_head) * reverse, abs=1e-6)
+    dot, norms = 0.14 + 0.06 + 0.05, math.sqrt(0.04 + 0.09 + 0.25) * math.sqrt(0.49 + 0.04 + 0.01)
+    assert losses.cosine(student.log(), teacher.log()).item() == pytest.approx(1 - dot / norms, abs=1e-6)
+
+
+def test_label_smoothing_mixes_in_a_uniform_target() -> None:
+    logits, target = normal(3, 5), torch.tensor([1, 4, -100])
+    log_p = logits.log_softmax(-1)
+    expected = [-0.9 * log_p[row, word] - 0.1 * log_p[row].mean() for row, word in ((0, 1), (1, 4))]
+    found = losses.cross_entropy_rows(logits, target, 0.1)
+    assert found.tolist() == pytest.approx([*(value.item() for value in expected), 0.0], abs=1e-6)
 
 
 def test_cross_entropy_leaves_ignored_targets_out() -> None:
@@ -101,6 +127,26 @@ def test_attention_kl_ignores_how_much_of_the_attention_is_on_the_image() -> Non
     assert whole.item() > 0
     assert losses.attention_kl(student * 0.2, teacher, mask).item() == pytest.approx(whole.item(), rel=1e-4)
     assert losses.attention_kl(teacher, teacher, mask).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_attention_kl_by_mass_counts_rows_by_the_teachers_mass_on_the_image() -> None:
+    student, teacher = torch.tensor([[[[0.1, 0.3], [0.2, 0.2]]]]), torch.tensor([[[[0.5, 0.3], [0.01, 0.09]]]])
+    mask = torch.tensor([[True, True]])
+    each = [losses.attention_kl(student, teacher, torch.tensor([[row == 0, row == 1]])).item() for row in (0, 1)]
+    assert losses.attention_kl(student, teacher, mask).item() == pytest.approx(sum(each) / 2, abs=1e-6)
+    weighted = (0.8 * each[0] + 0.1 * each[1]) / 0.9
+    assert losses.attention_kl(student, teacher, mask, by_mass=True).item() == pytest.approx(weighted, abs=1e-6)
+    assert losses.attention_kl(student, teacher, ~mask, by_mass=True).item() == 0
+
+
+def test_visual_terms_without_a_map_to_the_student() -> None:
+    tokens = normal(2, 4, 6)
+    assert losses.normed_visual_mse(tokens, 3 * tokens + 2).item() == pytest.approx(0, abs=1e-5)  # scale and shift
+    assert losses.normed_visual_mse(normal(2, 4, 6, seed=1), tokens).item() > 0.5
+    turn = torch.linalg.qr(normal(6, 6, seed=2)).Q
+    assert losses.relation_distance(tokens, 2 * tokens @ turn).item() == pytest.approx(0, abs=1e-5)  # a rotation
+    one, other = torch.tensor([[[1.0, 0], [0, 1]]]), torch.tensor([[[1.0, 0, 0], [1, 0, 0]]])
+    assert losses.relation_distance(one, other).item() == pytest.approx(1 - 2 / (math.sqrt(2) * 2), abs=1e-6)
 
 
 def test_focus_looks_at_the_tokens_with_most_attention_from_real_rows() -> None:

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from distill.align_kd import TERMS, AlignKD
+from distill.config import PRESETS
 from distill.losses import focus_tokens
 from distill.models.mobilevlm import MobileVlm
-from distill.models.roles import look, spans_of, supervised_rows, text_to_image_attention
+from distill.models.roles import attention_rows, look, predicting_rows, spans_of, text_to_image_attention
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Case
@@ -37,7 +38,7 @@ def with_recorded_adapters(module: AlignKD, reference: Path) -> AlignKD:
         "visual_map.weight": recorded["proj_adapter.0.weight"][..., 0],
         "visual_map.bias": recorded["proj_adapter.0.bias"],
     }
-    assert set(weights) == set(module.adapter_state())
+    assert set(weights) == {name for name in module.adapter_state() if not name.startswith("student_map.")}
     module.load_state_dict(weights, strict=False)
     return module
 
@@ -64,17 +65,40 @@ def test_every_term_is_the_recorded_one(case: Case, student: MobileVlm, teacher:
     assert set(terms) == set(TERMS)
 
 
-def test_rows_columns_and_focus_are_the_recorded_ones(case: Case, student: MobileVlm, teacher: MobileVlm) -> None:
-    features = teacher.tower_features(case.pixel_values)
-    seen = look(teacher, case.input_ids, case.attention_mask, case.labels, features)
+def test_the_published_code_computes_what_was_recorded(
+    case: Case, student: MobileVlm, teacher: MobileVlm, reference: Path
+) -> None:
+    module = with_recorded_adapters(AlignKD(student, teacher, PRESETS["published_code"]), reference)
+    terms = module(**case.batch)
+    recorded = case.losses["as_coded"]
+    names = {"published_logits": "logits_fp16", "published_attention": "attn", "visual": "v_all"}
+    names["published_focus"] = "v_topk"
+    assert {name: terms[name].item() for name in names} == pytest.approx(
+        {name: recorded[theirs] for name, theirs in names.items()}, abs=1e-4
+    )
+    assert module.total(terms).item() == pytest.approx(recorded["total"], abs=1e-3)
+    adapters = [p for name, p in module.named_parameters() if not name.startswith("student.")]
+    assert adapters and not any(p.requires_grad for p in adapters)  # in no optimizer, as there
+
+
+def test_the_block_of_the_published_attention_term_is_zero(case: Case, teacher: MobileVlm) -> None:
+    seen = look(teacher, case.input_ids, case.attention_mask, case.labels, teacher.encode_images(case.pixel_values))
     spans = spans_of(seen.expanded)
-    block = text_to_image_attention(teacher, seen.expanded, spans)
+    weights = attention_rows(teacher, seen.layer_inputs[0], spans.sample, spans.columns)  # vision queries
+    text_keys = spans.rows[spans.row_mask]
+    assert weights[..., text_keys].abs().max() == 0 and weights.sum() > 0
+
+
+def test_rows_columns_and_focus_are_the_recorded_ones(case: Case, student: MobileVlm, teacher: MobileVlm) -> None:
+    seen = look(teacher, case.input_ids, case.attention_mask, case.labels, teacher.encode_images(case.pixel_values))
+    spans = spans_of(seen.expanded)
+    block = text_to_image_attention(teacher, seen, spans)
     picked = focus_tokens(block, spans.row_mask, 16)
     recorded = case.losses["corrected"]
     assert picked.tolist() == recorded["topk_local"]
     heads = student.config.text_config.num_attention_heads
     assert heads * int(spans.row_mask.sum()) * spans.columns.shape[1] == recorded["attn_elements"]
-    assert len(supervised_rows(seen)[1]) == recorded["n_supervised"]
+    assert len(predicting_rows(seen)[1]) == recorded["n_supervised"]
 
 
 def test_total_is_the_weighted_sum(case: Case, student: MobileVlm, teacher: MobileVlm) -> None:
