@@ -19,8 +19,8 @@ class LengthGroupedOrder(Sampler[int]):
     neighbours still vary, and the processes of one step have rows of like length, so that none waits for another.
     accelerate deals batches out in turn, batch k to process k mod ``processes``. A step's rows depend on
     ``processes * batch_size`` alone: two processes train on those that one would with batches twice as large.
-    Rows left over, fewer than one step's, are the last of the shuffled ones and not the longest of a group, so that none
-    is left over in every epoch.
+    Rows left over, fewer than one step's, are the last of the shuffled ones and not the longest of a group, so that no
+    row is left over in every epoch.
 
     Args:
         lengths: of the rows, in any unit [rows].

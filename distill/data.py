@@ -159,9 +159,8 @@ class Collator:
                 bad.append(example)
         batch = self._padded(good or [_nothing_of(bad[0])])
         if images or self.features is None or self.features:
-            batch["pixel_values" if self.features is None else "image_features"] = torch.stack(
-                images or [self._blank()]
-            )
+            name = "pixel_values" if self.features is None else "image_features"
+            batch[name] = torch.stack(images or [self._blank()])  # [n, 3, S, S] or [n, P, D_v]
         if bad:
             batch[BAD_ROWS] = torch.tensor([example["row"].number for example in bad])  # [k]
         return batch
