@@ -25,6 +25,8 @@ class RunFacts:
     trainable: int
     terms: Mapping[str, float]  # mean over the last log entry
     gradient_norms: Mapping[str, float]  # last measurement, weighted
+    rows_left_out: int = 0  # different rows whose image could not be read
+    left_out_first: Sequence[str] = ()  # the first of them, with the reason
 
 
 def render_card(config: DistillConfig, facts: RunFacts) -> str:
@@ -40,6 +42,7 @@ def render_card(config: DistillConfig, facts: RunFacts) -> str:
         f"- data: `{config.data}`, {facts.rows} conversations, sha256 `{facts.data_sha256}`",
         f"- {facts.steps} steps in {facts.seconds:.0f} s",
         f"- {facts.trainable:,} of {facts.parameters:,} parameters trained",
+        *_left_out_lines(facts),
         "",
         "| term | weight | last value | gradient norm |",
         "|---|---|---|---|",
@@ -74,6 +77,13 @@ def _flags(settings: object, prefix: str) -> Sequence[str]:
         elif value != setting.default:
             words += [flag, value.as_posix() if isinstance(value, Path) else str(value)]
     return words
+
+
+def _left_out_lines(facts: RunFacts) -> list[str]:
+    if not facts.rows_left_out:
+        return []
+    listed = [f"  - {reason}" for reason in facts.left_out_first]
+    return [f"- {facts.rows_left_out} rows were left out, their image could not be read; the first:", *listed]
 
 
 def _term_line(name: str, weight: float, facts: RunFacts) -> str:

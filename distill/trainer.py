@@ -23,8 +23,9 @@ from bundle.errors import UsageError
 from bundle.staging import refuse_existing, sha256_of, write_text_whole
 from bundle.tokenizer import open_tokenizer
 from distill.align_kd import AlignKD, TermSettings
+from distill.bad_images import SHOWN, BadImages, read_all
 from distill.config import DistillConfig
-from distill.data import Collator, ImageStore, LengthGroupedOrder, LlavaDataset
+from distill.data import BAD_ROWS, Collator, ImageStore, LengthGroupedOrder, LlavaDataset
 from distill.features import known_features
 from distill.model_card import RunFacts, render_card
 from distill.models import load_vlm
@@ -32,8 +33,16 @@ from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
 from distill.progress import ProgressLine
-from distill.rows import read_rows
-from distill.work_folder import SETTINGS_FILE, check_output, kept_if_resumable, last_checkpoint, settings_of
+from distill.rows import IndexedRows, open_rows
+from distill.work_folder import (
+    ROW_INDEX,
+    SETTINGS_FILE,
+    check_output,
+    kept_if_resumable,
+    last_checkpoint,
+    settings_of,
+    step_of,
+)
 
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -49,8 +58,16 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
         console.print(f"{config.output} is finished already")
         return config.output
     check_output(config)
-    rows = read_rows(config.data, config.image_folder)
-    console.print(f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image")
+    with kept_if_resumable(config.work, console):
+        _run(config, console)
+    return config.output
+
+
+def _run(config: DistillConfig, console: Console) -> None:
+    with _arguments(config).main_process_first(desc="reading the data"):
+        rows = open_rows(config.data, config.image_folder, config.work / ROW_INDEX)
+    rows.check(missing_images=config.on_bad_image == "stop")
+    console.print(f"{len(rows)} conversations, {int(rows.with_image.sum())} with an image")
     student, processing = load_vlm(config.student), read_processing(config.student)
     teacher = _open_teacher(config, student, processing, console)
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
@@ -66,15 +83,15 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
         config.seed,
     )
     images = ImageStore(processing.image, config.cache_mb << 20)
-    collator = Collator(processing.tokenizer.pad_id, images)
-    with kept_if_resumable(config.work, console):
-        trainer = DistillTrainer(module, config, dataset, collator, console)
-        begun = time.monotonic()
-        collator.features = known_features(module, rows, images, config.cache_mb << 20)  # on the trainer's device
-        write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
-        trainer.train(resume_from_checkpoint=last_checkpoint(config.work))
-        _finish(trainer, config, processing, len(rows), time.monotonic() - begun)
-    return config.output
+    collator = Collator(processing.tokenizer.pad_id, images, report_bad=True)
+    trainer = DistillTrainer(module, config, dataset, collator, console)
+    begun = time.monotonic()
+    collator.features = known_features(  # on the trainer's device
+        module, rows, images, config.cache_mb << 20, leave_out_bad=config.on_bad_image == "skip"
+    )
+    write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.work))
+    _finish(trainer, config, processing, rows, time.monotonic() - begun)
 
 
 class DistillTrainer(Trainer):
@@ -101,6 +118,15 @@ class DistillTrainer(Trainer):
             self.add_callback(TensorBoardCallback(SummaryWriter(str(config.work / "tensorboard"))))
         if module.teacher is not None:
             nn.Module.to(module.teacher, self.args.device)
+        self._bad_images = BadImages(
+            dataset.rows,
+            collator.images,
+            config.on_bad_image,
+            config.work,
+            console,
+            self.args.process_index,
+            step_of(last_checkpoint(config.work)),
+        )
 
     @property
     def align(self) -> AlignKD:
@@ -122,7 +148,14 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Weighted sum of the terms; every ``grad_norm_steps`` each term's own gradient norm as well."""
+        """Weighted sum of the terms; every ``grad_norm_steps`` each term's own gradient norm as well.
+
+        Raises:
+            BadImageError: the batch lacks a row whose image could not be read, and such rows stop the run.
+        """
+        bad_rows = inputs.pop(BAD_ROWS, None)
+        if bad_rows is not None:
+            self._bad_images.meet(bad_rows.tolist(), self.state.global_step)
         terms = model(**inputs)
         every = self._config.grad_norm_steps
         if every and self.state.global_step % every == 0:
@@ -144,10 +177,15 @@ class DistillTrainer(Trainer):
             logs |= {f"term/{name}": (total / self._counted).item() for name, total in self._sums.items()}
             logs |= {f"gradient_norm/{name}": norm for name, norm in self._gradient_norms.items()}
             self._sums, self._counted, self._gradient_norms = {}, 0, {}
+            if self._config.on_bad_image == "skip":  # a collective: every process logs at the same steps
+                count = torch.tensor([self._bad_images.count], device=self.args.device)
+                logs["rows_left_out"] = int(self.accelerator.gather(count).sum())
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        return LengthGroupedOrder(self._dataset.text_lengths(), self.args.train_batch_size, self._config.seed)
+        return LengthGroupedOrder(
+            self._dataset.text_lengths(), self.args.train_batch_size, self._config.seed, self.args.world_size
+        )
 
 
 def term_settings(config: DistillConfig) -> TermSettings:
@@ -247,25 +285,30 @@ def _open_teacher(
     return teacher
 
 
-def _finish(trainer: DistillTrainer, config: DistillConfig, processing: Processing, rows: int, seconds: float) -> None:
+def _finish(
+    trainer: DistillTrainer, config: DistillConfig, processing: Processing, rows: IndexedRows, seconds: float
+) -> None:
     """Build the checkpoint inside the work folder, rename it to the output, and drop the rest."""
     module, history = trainer.align, trainer.state.log_history
+    left_out = {one.row: one.reason for one in read_all(config.work)}
     facts = RunFacts(
         steps=trainer.state.global_step,
-        rows=rows,
-        data_sha256=sha256_of(config.data),
+        rows=len(rows),
+        data_sha256=rows.sha256,
         seconds=seconds,
         parameters=sum(p.numel() for p in module.student.parameters()),
         trainable=sum(p.numel() for p in module.student.parameters() if p.requires_grad),
         terms=_last(history, "term/"),
         gradient_norms=_last(history, "gradient_norm/"),
+        rows_left_out=len(left_out),
+        left_out_first=list(left_out.values())[:SHOWN],
     )
     final = config.work / "final"
     shutil.rmtree(final, ignore_errors=True)
     save_checkpoint(module.student, final, processing, render_card(config, facts))
     if adapters := module.adapter_state():
         save_file({name: value.contiguous() for name, value in adapters.items()}, final / "adapters.safetensors")
-    log = {"settings": settings_of(config), "facts": asdict(facts), "log": history}
+    log = {"settings": settings_of(config), "facts": asdict(facts), "rows_left_out": left_out, "log": history}
     write_text_whole(final / "training_log.json", json.dumps(log, indent=1) + "\n")
     if (events := config.work / "tensorboard").is_dir():
         shutil.move(events, final / "tensorboard")

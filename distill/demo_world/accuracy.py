@@ -11,7 +11,7 @@ from bundle.tokenizer import Tokenizer
 from distill.data import IGNORED, Collator, Example, ImageStore, encode_row
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing
-from distill.rows import Row, parse_row, read_json_list
+from distill.rows import Row, read_rows
 
 BATCH = 100
 
@@ -24,8 +24,9 @@ def family_accuracy(
     The answer is fed in and every one of its tokens must be the most likely: greedy decoding would then write just it.
     """
     families: dict[str, list[Row]] = defaultdict(list)
-    for number, raw in enumerate(read_json_list(data)):
-        families[raw["family"]].append(parse_row(raw, number, data, data.parent))
+    held_out = read_rows(data)
+    for row in held_out:
+        families[held_out.raw(row.number)["family"]].append(row)
     collator = Collator(processing.tokenizer.pad_id, ImageStore(processing.image, 0))
     return {
         family: 100 * _share_right(vlm, [_example(row, processing, tokenizer) for row in rows[:per_family]], collator)
