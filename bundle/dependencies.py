@@ -48,6 +48,7 @@ DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("protobuf", ">=6", "7.36.2", ("distill",)),
     Dependency("tokenizers", ">=0.22", "0.23.3", ("distill",)),
     Dependency("scikit-image", ">=0.26,<0.27", "0.26.0", ("data",)),
+    Dependency("pyarrow", ">=25", "26.0.1", ("data",)),
     Dependency("onnx", "==1.23.2", "1.23.2", ("onnx",)),
     Dependency("onnxruntime", "==1.32.0", "1.32.0", ("onnx", "bench")),
     Dependency("optimum", "==2.3.0", "2.3.0", ("onnx",)),

@@ -28,6 +28,12 @@ class VerificationError(AlignKDError):
     exit_code = 3
 
 
+class NotComparableError(AlignKDError):
+    """Two bundles that cannot be set against each other. Exit code 5."""
+
+    exit_code = 5
+
+
 class BackendMissingError(AlignKDError):
     """This host has no runtime or device for the request. Exit code 6."""
 

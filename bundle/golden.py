@@ -1,7 +1,8 @@
 """Golden cases and vectors <-> the golden/ folder of a bundle: what each stage must compute, recorded at export.
 
-``golden/cases.json`` lists the cases; ``golden/vectors.safetensors`` holds ``<case>.<vector>`` for each of VECTORS, the
-two of an image only where the case has one. Images lie beside them as PNG.
+``golden/cases.json`` lists the cases. ``golden/float.safetensors`` holds what the checkpoint in float32 computes, and
+``golden/dequantized.safetensors`` what it computes with the weights that the graphs hold: ``<case>.<vector>`` for each
+vector, the two of an image only where the case has one. Images lie beside them as PNG.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bundle.errors import UsageError
-from bundle.manifest import Frozen, Manifest
+from bundle.manifest import VECTOR_SETS, Frozen, Manifest, VectorSet
 from bundle.prompt import text_ids
 from bundle.runtimes.contract import Floats
 from bundle.staging import inside, write_text_whole
 
 CASES_FILE = "golden/cases.json"
-VECTORS_FILE = "golden/vectors.safetensors"
+VECTOR_FILES: dict[VectorSet, str] = {
+    "float": "golden/float.safetensors",
+    "dequantized": "golden/dequantized.safetensors",
+}
 GREEDY_TOKENS = 32
 
 Vector = Literal["pixels", "visual_tokens", "embeddings", "first_logits", "greedy_logits"]
@@ -39,7 +43,8 @@ class GoldenCase(Frozen):
     Attributes:
         image: file name inside the bundle, or None.
         token_ids: the prompt, BOS first, the image id once where the image stands.
-        greedy_ids: the 32 most likely tokens one after the other, going on past EOS.
+        greedy_ids: the 32 most likely tokens of the checkpoint in float32, going on past EOS. Every model is fed them
+            while its logits are recorded or compared, so that rows of the two sets are answers to the same question.
     """
 
     name: str
@@ -61,23 +66,27 @@ class Recording:
 
     bundle: Path
     cases: tuple[GoldenCase, ...]
-    vectors: dict[str, Floats]
+    sets: dict[VectorSet, dict[str, Floats]]
 
-    def vector(self, case: GoldenCase, name: Vector) -> Floats:
+    def vector(self, case: GoldenCase, name: Vector, of: VectorSet = "dequantized") -> Floats:
         """Pixels [1,3,S,S], visual_tokens [1,N,D], embeddings [1,T,D], first_logits [V] or greedy_logits [32,V]."""
-        return self.vectors[f"{case.name}.{name}"]
+        return self.sets[of][f"{case.name}.{name}"]
 
 
 def write_golden(
     folder: Path,
     cases: Sequence[GoldenCase],
-    vectors: Mapping[str, np.ndarray],
+    sets: Mapping[VectorSet, Mapping[str, np.ndarray]],
     images: Mapping[str, Image.Image] | None = None,
-) -> None:
+) -> dict[VectorSet, str]:
     """Write the golden folder of the bundle under construction at ``folder``.
 
     Args:
+        sets: the vectors by name; where the files hold the checkpoint's own weights "dequantized" is left out.
         images: picture by its file name inside the bundle; None when the caller has put the files there already.
+
+    Returns:
+        Each set -> the file that holds it.
     """
     for name, image in (images or {}).items():
         path = inside(folder, name, "golden image")
@@ -85,12 +94,15 @@ def write_golden(
         image.save(path)
     for case in cases:
         assert case.image is None or (folder / case.image).is_file(), f"golden image {case.image} was not written"
-    (folder / VECTORS_FILE).parent.mkdir(parents=True, exist_ok=True)
-    wanted = [f"{case.name}.{vector}" for case in cases for vector in case.vectors]
-    save_file({name: np.ascontiguousarray(vectors[name], dtype=np.float32) for name in wanted}, folder / VECTORS_FILE)
-    (folder / VECTORS_FILE).chmod(0o644)  # safetensors makes it 0600, which a phone's app could not read after a push
+    (folder / CASES_FILE).parent.mkdir(parents=True, exist_ok=True)
+    for of, vectors in sets.items():
+        wanted = [f"{case.name}.{vector}" for case in cases for vector in case.vectors]
+        path = folder / VECTOR_FILES[of]
+        save_file({name: np.ascontiguousarray(vectors[name], dtype=np.float32) for name in wanted}, path)
+        path.chmod(0o644)  # safetensors makes it 0600, which a phone's app could not read after a push
     rows = [case.model_dump(mode="json") for case in cases]
     write_text_whole(folder / CASES_FILE, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    return {of: VECTOR_FILES[of if of in sets else "float"] for of in VECTOR_SETS}
 
 
 def read_golden(bundle: Path, manifest: Manifest) -> Recording:
@@ -115,9 +127,12 @@ def read_golden(bundle: Path, manifest: Manifest) -> Recording:
     for case in cases:
         if case.image is not None:
             inside(bundle, case.image, "golden image")
-    return Recording(
-        bundle, cases, _read_vectors(inside(bundle, manifest.golden.vectors, "golden path"), cases, manifest)
-    )
+    sets: dict[VectorSet, dict[str, Floats]] = {}
+    for of in VECTOR_SETS:
+        if of not in manifest.golden.vectors:
+            raise UsageError(f"{bundle}: the manifest names no golden vectors '{of}'; export the bundle again")
+        sets[of] = _read_vectors(inside(bundle, manifest.golden.vectors[of], "golden path"), cases, manifest)
+    return Recording(bundle, cases, sets)
 
 
 def _read_vectors(path: Path, cases: tuple[GoldenCase, ...], manifest: Manifest) -> dict[str, Floats]:

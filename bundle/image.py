@@ -28,13 +28,16 @@ DAMAGE = (
 )  # fmt: skip  # what Pillow's decoders raise on damaged files
 
 
-def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def open_image(source: str | Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
     """Decode an image file, its bytes, or a picture that Pillow has opened but not yet read, to RGB.
+
+    Args:
+        name: what messages call it; default: its path, or "the given image".
 
     Raises:
         UsageError: it is missing, no image, truncated, or too large.
     """
-    name = f"image {source}" if isinstance(source, str | Path) else "the given image"
+    name = name or (f"image {source}" if isinstance(source, str | Path) else "the given image")
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise UsageError(f"{name} does not exist or is no file; give the path of a PNG, JPEG or other picture")
     try:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bundle.errors import UsageError, VerificationError
 from bundle.staging import inside, sha256_of, write_text_whole
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 
@@ -20,6 +20,10 @@ Precision = Literal["int4", "int8", "fp16", "fp32"]
 GraphName = Literal["vision_encoder", "token_embedding", "text_decoder"]
 Stage = Literal["prompt", "pixels", "visual_tokens", "embeddings", "first_logits", "greedy_tokens"]
 STAGES: tuple[Stage, ...] = ("prompt", "pixels", "visual_tokens", "embeddings", "first_logits", "greedy_tokens")
+VectorSet = Literal["float", "dequantized"]
+VECTOR_SETS: tuple[VectorSet, ...] = ("float", "dequantized")
+# What computes: kernels round differently from one to the other (bundle/tolerances.py)
+Family = Literal["x86_64-vnni", "x86_64-avx2", "arm64-i8mm", "arm64-dotprod", "arm64", "apple", "evaluator"]
 
 
 class Frozen(BaseModel):
@@ -115,19 +119,29 @@ class StageParity(Frozen):
 
 
 class Parity(Frozen):
-    """What the exporter measured: the graph against its own dequantised weights, and quantization against float."""
+    """What the exporter measured on its own host, worst golden case, relative L2 (docs/verification.md)."""
 
     runtime: str
-    graph_error: dict[Stage, StageParity]
-    quantization_error: dict[Stage, float] = Field(description="dequantised against float weights, relative L2")
+    family: Family
+    graph_error: dict[Stage, StageParity] = Field(description="the runtime against the weights that the files hold")
+    quantization_error: dict[Stage, float] = Field(description="dequantised against float weights, both in torch")
+    total_error: dict[Stage, float] = Field(description="the runtime against the checkpoint in float32")
 
 
 class Golden(Frozen):
-    """Recorded vectors (see bundle/golden.py) and the tolerance of each stage."""
+    """Recorded vectors (see bundle/golden.py), what explains a distance from them, and how far a stage may be."""
 
-    vectors: str
     cases: str
-    tolerances: dict[Stage, float]
+    vectors: dict[VectorSet, str] = Field(
+        description="of the checkpoint in float32, and of the same with the weights that the files hold; one file for "
+        "both where the files hold the checkpoint's own weights"
+    )
+    constants: str = Field(description="digest of every constant of the graphs when the vectors were recorded")
+    activation_error: dict[Stage, float] = Field(
+        description="what rounding activations as the target's kernels do moves, simulated in torch"
+    )
+    tolerances: dict[Family, dict[Stage, float]] = Field(description="of graph_error, by what computes")
+    quantization_tolerances: dict[Stage, float] = Field(description="of quantization_error")
 
 
 class Source(Frozen):
@@ -141,7 +155,7 @@ class Source(Frozen):
 class Manifest(Frozen):
     """The whole contract of one bundle: one target at one precision."""
 
-    manifest_version: Literal[1] = 1
+    manifest_version: Literal[2] = 2
     name: str
     target: Target
     precision: Precision
@@ -178,7 +192,7 @@ def read_manifest(bundle: Path) -> Manifest:
     """Read and check manifest.json: version, shape, and that no name leaves the bundle.
 
     Raises:
-        UsageError: no bundle there, a newer manifest version, or a manifest of the wrong shape.
+        UsageError: no bundle there, another manifest version, or a manifest of the wrong shape.
     """
     path = bundle / MANIFEST_FILE
     if not path.is_file():
@@ -190,8 +204,13 @@ def read_manifest(bundle: Path) -> Manifest:
     version = raw.get("manifest_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > MANIFEST_VERSION:
         raise UsageError(
-            f"{path} has manifest_version {version}; this alignkd reads up to {MANIFEST_VERSION}; "
+            f"{path} has manifest_version {version}; this alignkd reads {MANIFEST_VERSION}; "
             "run: pip install --upgrade alignkd"
+        )
+    if isinstance(version, int) and version < MANIFEST_VERSION:
+        raise UsageError(
+            f"{path} has manifest_version {version}, written by an older alignkd; this one reads {MANIFEST_VERSION}: "
+            "export the checkpoint again with alignkd-export"
         )
     try:
         manifest = Manifest.model_validate(raw)
@@ -207,7 +226,8 @@ def read_manifest(bundle: Path) -> Manifest:
 
 def _check_names(bundle: Path, manifest: Manifest) -> None:
     named = [graph.path for graph in manifest.graphs.values()]
-    named += [manifest.tokenizer.path, manifest.golden.vectors, manifest.golden.cases]
+    golden = manifest.golden
+    named += [manifest.tokenizer.path, golden.cases, golden.constants, *golden.vectors.values()]
     for name in [*manifest.files, *named]:
         inside(bundle, name, "manifest path")
 

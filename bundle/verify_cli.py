@@ -1,39 +1,81 @@
-"""alignkd-verify BUNDLE -> the stage ladder of every runtime of this host on stdout; exit 0, 3 or 6."""
+"""alignkd-verify BUNDLE -> the stage ladder of every runtime of this host, or two bundles side by side."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from bundle.errors import VerificationError, run_command
+from bundle.diagnosis import StageResult
+from bundle.errors import UsageError, VerificationError, run_command
 from bundle.verify import Skipped, Verdict, verify_with_reasons
+
+EXPLAINED = "docs/verification.md explains the columns"
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
     """Check every file of a bundle against its manifest, then replay its golden vectors on each runtime of this host.
 
-    Prints error and tolerance of each stage and names the first stage that leaves it. Exit code 0: all within
-    tolerance; 3: a stage is not, or a file was changed; 6: this host has no runtime for the bundle's target.
+    Prints what graph, activations and weights move in each stage, and names the first stage that leaves its tolerance,
+    the kind of fault and what to run next. With --compare both bundles answer the same questions instead, token by
+    token. Exit code 0: all within tolerance; 3: a stage is not, a file was changed, or the bundles agree less than
+    --min-agreement; 5: the bundles cannot be compared; 6: this host has no runtime for the bundle's target.
     """
 
     bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
     """directory that alignkd-export wrote"""
     runtime: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """only this runtime (onnx, executorch, coreml, coreml_interpreter); may be repeated; default: all of this host"""
+    tolerance_scale: Annotated[float, tyro.conf.arg(metavar="X")] = 1.0
+    """multiplies every tolerance, to measure a processor that has no numbers of its own yet"""
+    compare: Annotated[Path | None, tyro.conf.arg(metavar="OTHER")] = None
+    """another bundle: answer the golden questions of both with both, and compare token by token"""
+    cases: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """with --compare: JSON lines of {"question": ..., "image": path or null} instead of the golden questions"""
+    max_new_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 32
+    """with --compare: answer tokens a question"""
+    min_agreement: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
+    """with --compare: exit with 3 when fewer answer tokens agree (0 to 1), each fed the first bundle's tokens"""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """end with one line of JSON on stdout"""
 
+    def __post_init__(self) -> None:
+        problems = []
+        if not (math.isfinite(self.tolerance_scale) and self.tolerance_scale > 0):
+            problems.append(f"--tolerance-scale {self.tolerance_scale} must be above 0")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            problems.append(f"--min-agreement {self.min_agreement} must lie between 0 and 1")
+        if self.max_new_tokens < 1:
+            problems.append(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+        if self.compare is None and (self.cases is not None or self.min_agreement is not None):
+            problems.append("--cases and --min-agreement need --compare OTHER")
+        if self.compare is not None and len(self.runtime) > 1:
+            problems.append(f"--compare takes one --runtime, not {len(self.runtime)}")
+        if problems:
+            raise UsageError("; ".join(problems))
+
 
 def verify(config: VerifyConfig) -> int:
-    """Run one verification and print it."""
+    """Run one verification, or one comparison, and print it."""
+    if config.compare is not None:
+        from bundle.compare_cli import print_comparison
+
+        return print_comparison(
+            config.bundle,
+            config.compare,
+            runtime=config.runtime[0] if config.runtime else None,
+            cases=config.cases,
+            max_new_tokens=config.max_new_tokens,
+            min_agreement=config.min_agreement,
+            as_json=config.json,
+        )
     try:
-        verdicts, skipped = verify_with_reasons(config.bundle, config.runtime or None)
+        verdicts, skipped = verify_with_reasons(config.bundle, config.runtime or None, config.tolerance_scale)
     except VerificationError as error:
         if config.json:
             print(
@@ -59,27 +101,39 @@ def _print_verdict(bundle: Path, verdict: Verdict) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(f"{bundle.name} on {verdict.runtime}"), title_justify="left")
-    for heading in ("stage", "error", "tolerance", "ok"):
+    title = f"{bundle.name} on {verdict.runtime}, tolerances of {verdict.family}"
+    table = Table(title=escape(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("stage", "graph", "allowed", "rounding", "weights", "allowed", "total", "ok"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for result in verdict.stages:
-        table.add_row(result.stage, f"{result.error:.2e}", f"{result.tolerance:.2e}", "yes" if result.ok else "NO")
+    for row in verdict.stages:
+        measured = (row.error, row.tolerance, row.activation_error, row.quantization_error, row.quantization_tolerance)
+        numbers = [f"{number:.1e}" for number in (*measured, row.total_error)]
+        table.add_row(row.stage, *numbers, "yes" if row.ok else "NO")
     console = Console()
     console.print(table)
-    bad = verdict.first_bad
-    judged = "every stage is within tolerance" if bad is None else f"the first stage out of tolerance is '{bad.stage}'"
-    console.print(escape(f"{judged}; covers: {verdict.covers}"), soft_wrap=True)
+    lines = [
+        f"{verdict.agreed} of {verdict.rows} answer tokens are the checkpoint's in float32; covers: {verdict.covers}; "
+        + EXPLAINED,
+        "every stage is within tolerance",
+    ]
+    if verdict.diagnosis is not None:
+        found = verdict.diagnosis
+        lines[1:] = [
+            f"first out of tolerance: {found.stage}",
+            f"  kind:  {found.kind}",
+            f"  error: {found.measured}",
+            f"  cause: {found.cause}",
+            f"  next:  {found.next_step}",
+        ]
+    for line in lines:
+        console.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def _problem(bundle: Path, verdicts: list[Verdict]) -> str | None:
-    bad = [(verdict.runtime, verdict.first_bad) for verdict in verdicts if verdict.first_bad is not None]
+    bad = [f"{verdict.diagnosis} (on {verdict.runtime})" for verdict in verdicts if verdict.diagnosis is not None]
     if not bad:
         return None
-    named = "; ".join(
-        f"stage '{result.stage}' on {runtime} (error {result.error:.2e}, tolerance {result.tolerance:.2e})"
-        for runtime, result in bad
-    )
-    return f"{bundle} does not compute what was recorded at export: first out of tolerance is {named}; export it again"
+    return f"{bundle} does not compute what was recorded at export: {'; '.join(bad)}"
 
 
 def _as_json(bundle: Path, verdicts: list[Verdict], skipped: list[Skipped], problem: str | None) -> dict[str, object]:
@@ -91,17 +145,13 @@ def _as_json(bundle: Path, verdicts: list[Verdict], skipped: list[Skipped], prob
             {
                 "runtime": verdict.runtime,
                 "covers": verdict.covers,
+                "family": verdict.family,
                 "ok": verdict.first_bad is None,
                 "first_bad_stage": verdict.first_bad.stage if verdict.first_bad else None,
-                "stages": [
-                    {
-                        "stage": result.stage,
-                        "error": result.error if math.isfinite(result.error) else None,
-                        "tolerance": result.tolerance,
-                        "ok": result.ok,
-                    }
-                    for result in verdict.stages
-                ],
+                "diagnosis": asdict(verdict.diagnosis) if verdict.diagnosis else None,
+                "tokens_agreed": verdict.agreed,
+                "tokens_compared": verdict.rows,
+                "stages": [_stage_json(result) for result in verdict.stages],
             }
             for verdict in verdicts
         ],
@@ -109,10 +159,15 @@ def _as_json(bundle: Path, verdicts: list[Verdict], skipped: list[Skipped], prob
     }
 
 
+def _stage_json(result: StageResult) -> dict[str, object]:
+    row = asdict(result)
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return {**finite, "ok": result.ok}
+
+
 def main() -> None:
     """Entry point of alignkd-verify."""
-    config = tyro.cli(VerifyConfig, prog="alignkd-verify")
-    run_command(lambda: verify(config))
+    run_command(lambda: verify(tyro.cli(VerifyConfig, prog="alignkd-verify")))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from bundle.tokenizer import Tokenizer
 from distill.data import IGNORED, Collator, Example, ImageStore, encode_row
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing
-from distill.rows import parse_row, read_json_list
+from distill.rows import Row, read_rows
 
 ALL = "all"  # the family of rows that name none
 MEAN = "mean"  # over families
@@ -38,23 +38,19 @@ class HeldOut:
     """Encoded rows that no step trains on.
 
     Args:
-        raw_rows: rows of a LLaVA JSON by their number in it; a field ``family`` groups them.
-        data, images: the file and its image folder, for messages and paths.
+        rows: each with the family that groups it.
         context: positions that the model has.
     """
 
     def __init__(
         self,
-        raw_rows: Sequence[tuple[int, Any]],
-        data: Path,
-        images: Path,
+        rows: Sequence[tuple[Row, str]],
         processing: Processing,
         tokenizer: Tokenizer,
         context: int,
         batch_size: int,
     ) -> None:
         self._collator = Collator(processing.tokenizer.pad_id, ImageStore(processing.image, 0))
-        rows = [(parse_row(raw, number, data, images), _family(raw)) for number, raw in raw_rows]
         encoded = [(encode_row(row, processing, tokenizer), row, family) for row, family in rows]
         kept = [
             (Example(input_ids=ids[:context], labels=labels[:context], row=row), family)
@@ -87,17 +83,17 @@ class HeldOut:
 
 
 def read_held_out(
-    data: Path, images: Path, limit: int, processing: Processing, tokenizer: Tokenizer, context: int, batch_size: int
+    data: Path, limit: int, processing: Processing, tokenizer: Tokenizer, context: int, batch_size: int
 ) -> HeldOut:
     """Open a held-out file, ``limit`` rows evenly spread over it.
 
     Raises:
         UsageError: the file or one of its rows is not usable.
     """
-    raw = list(enumerate(read_json_list(data)))
-    kept = raw if len(raw) <= limit else [raw[i * len(raw) // limit] for i in range(limit)]
-    held_out = HeldOut(kept, data, images, processing, tokenizer, context, batch_size)
-    return held_out
+    rows = read_rows(data)
+    numbers = range(len(rows)) if len(rows) <= limit else [i * len(rows) // limit for i in range(limit)]
+    kept = [(rows[number], family_of(rows.raw(number))) for number in numbers]
+    return HeldOut(kept, processing, tokenizer, context, batch_size)
 
 
 def answers_right(vlm: MobileVlm, batch: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
@@ -121,7 +117,8 @@ def answers_right(vlm: MobileVlm, batch: dict[str, torch.Tensor]) -> tuple[list[
     return (answers - spoilt).tolist(), answers.tolist()
 
 
-def _family(raw: Any) -> str:
+def family_of(raw: Any) -> str:
+    """The field ``family`` of a raw row, or the one family of rows that name none."""
     family = raw.get("family", ALL) if isinstance(raw, dict) else ALL
     if not isinstance(family, str):
         raise UsageError(f"a held-out row names its family {family!r}; it must be text")

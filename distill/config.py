@@ -11,6 +11,7 @@ import tyro
 from bundle.errors import UsageError
 
 Losses = Literal["paper", "published_code", "ce"]
+OnBadImage = Literal["stop", "skip"]
 PRESETS: dict[Losses, dict[str, float]] = {
     # the paper weighs its five terms equally (Align-KD, arXiv 2412.01282)
     "paper": {"cross_entropy": 1.0, "reverse_kl": 1.0, "attention": 1.0, "visual": 1.0, "focus": 1.0},
@@ -91,7 +92,7 @@ class DistillConfig:
     student: Path
     """Checkpoint to train from (ours or the published MobileVLM V2 layout); it is not changed."""
     data: Path
-    """LLaVA JSON: a list of conversations with or without an image."""
+    """LLaVA JSON, HF messages (JSON, parquet) or tar shards (a folder, or s-{000000..000123}.tar)."""
     output: Path
     """New directory for the trained checkpoint; an unfinished run lies in OUTPUT.work beside it."""
     teacher: Path | None = None
@@ -168,6 +169,8 @@ class DistillConfig:
     """Memory for tower features or decoded images; what does not fit is computed again."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the training process."""
+    on_bad_image: OnBadImage = "stop"
+    """An image that cannot be read stops the run, or its row is left out of the batch, counted and named."""
     report: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     """Where curves go: tensorboard writes to OUTPUT/tensorboard; wandb and trackio are packages of their own."""
     eval_data: Path | None = None
@@ -196,7 +199,9 @@ class DistillConfig:
 
     @property
     def image_folder(self) -> Path:
-        return self.images if self.images is not None else self.data.parent
+        if self.images is not None:
+            return self.images
+        return self.data if self.data.is_dir() else self.data.parent
 
     @property
     def work(self) -> Path:

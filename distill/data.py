@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
-from bundle.errors import UsageError
-from bundle.image import open_image, preprocess
-from bundle.manifest import ImageSpec
 from bundle.prompt import build_prompt, encode_pieces
 from bundle.tokenizer import Tokenizer
+from distill.batch_order import LengthGroupedOrder as LengthGroupedOrder
+from distill.conversation import Row, Turn
+from distill.image_source import ImageSource
+from distill.image_store import BadImageError
+from distill.image_store import ImageStore as ImageStore
 from distill.models.processing import Processing
-from distill.rows import Row, Turn
+from distill.rows import Rows
 
 IGNORED = -100  # label of a position that no loss looks at
+BAD_ROWS = "bad_rows"  # in a batch: numbers of rows whose image could not be read; whoever trains takes it out
 NEXT_QUESTION = {"v1": "USER: ", "plain": ""}  # how every turn after the first begins, as in vicuna_v1
 ANSWER_END = {"v1": "", "plain": "\n"}  # plain captions end with a line feed, v1 answers with EOS
 
@@ -61,93 +65,120 @@ def _next_question(turn: Turn, processing: Processing, tokenizer: Tokenizer) -> 
 
 
 class LlavaDataset(Dataset[Example]):
-    """Rows encoded on first use and kept; images stay on disk.
+    """Rows encoded when they are asked for; the last ones are kept, images stay on disk.
 
     Args:
         context_length: positions a model has; longer conversations are cut at the end.
         visual_tokens: positions that one image takes.
+        kept: encoded rows that stay in memory, a few kilobytes each.
     """
 
+    KEPT = 1 << 14
+
     def __init__(
-        self, rows: list[Row], processing: Processing, tokenizer: Tokenizer, context_length: int, visual_tokens: int
+        self,
+        rows: Rows,
+        processing: Processing,
+        tokenizer: Tokenizer,
+        context_length: int,
+        visual_tokens: int,
+        kept: int = KEPT,
     ) -> None:
         self.rows = rows
         self._processing, self._tokenizer = processing, tokenizer
-        self._room = [context_length - (visual_tokens - 1 if row.image else 0) for row in rows]
-        self._visual_tokens = visual_tokens
-        self._encoded: dict[int, Example] = {}
+        self._context, self._visual_tokens, self._kept = context_length, visual_tokens, kept
+        self._encoded: OrderedDict[int, tuple[NDArray[np.int32], NDArray[np.int32], Row]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        if index not in self._encoded:
-            ids, labels = encode_row(self.rows[index], self._processing, self._tokenizer)
-            room = self._room[index]
-            self._encoded[index] = {"input_ids": ids[:room], "labels": labels[:room], "row": self.rows[index]}
-        return self._encoded[index]
+        if index in self._encoded:
+            self._encoded.move_to_end(index)
+        else:
+            self._encoded[index] = self._encode(self.rows[index])
+            if len(self._encoded) > self._kept:
+                self._encoded.popitem(last=False)
+        ids, labels, row = self._encoded[index]
+        return {"input_ids": ids.tolist(), "labels": labels.tolist(), "row": row}
 
-    def text_lengths(self) -> list[int]:
+    def _encode(self, row: Row) -> tuple[NDArray[np.int32], NDArray[np.int32], Row]:
+        room = room_for_ids(row, self._context, self._visual_tokens)
+        encoded = encode_row(row, self._processing, self._tokenizer)
+        ids, labels = (np.array(numbers[:room], np.int32) for numbers in encoded)
+        if row.image is not None and self._processing.tokenizer.image_token_id not in ids:
+            row = replace(row, image=None)  # cut off with a late question; an image without a place has no meaning
+        return ids, labels, row
+
+    def text_lengths(self) -> NDArray[np.int64]:
         """Characters of each conversation plus its visual tokens: enough to put rows of like length together."""
-        return [
-            sum(len(turn.question) + len(turn.answer) for turn in row.turns) + (self._visual_tokens if row.image else 0)
-            for row in self.rows
-        ]
+        return self.rows.characters + self._visual_tokens * self.rows.with_image.astype(np.int64)
 
 
-class ImageStore:
-    """Image paths -> pixel_values, decoded images kept in memory while they fit the budget."""
-
-    def __init__(self, spec: ImageSpec, budget_bytes: int) -> None:
-        self._spec = spec
-        self._left_bytes = budget_bytes
-        self._kept: dict[Path, torch.Tensor] = {}
-
-    def pixels(self, row: Row) -> torch.Tensor:
-        """The row's image as [3, S, S] float32.
-
-        Raises:
-            UsageError: the image is missing or corrupt; the line names the row.
-        """
-        assert row.image is not None
-        if row.image in self._kept:
-            return self._kept[row.image]
-        pixels = self.decode(row)
-        if pixels.nbytes <= self._left_bytes:
-            self._left_bytes -= pixels.nbytes
-            self._kept[row.image] = pixels
-        return pixels
-
-    def blank(self) -> torch.Tensor:
-        """A picture of nothing [3, S, S], for a batch without one: see ``AlignKD.forward``."""
-        return torch.zeros(3, self._spec.size, self._spec.size)
-
-    def decode(self, row: Row) -> torch.Tensor:
-        """As ``pixels``, without keeping the image."""
-        assert row.image is not None
-        try:
-            return torch.from_numpy(preprocess(open_image(row.image), self._spec))[0]  # [3, S, S]
-        except UsageError as error:
-            raise UsageError(f"row {row.number}: {error}") from error
+def room_for_ids(row: Row, context_length: int, visual_tokens: int) -> int:
+    """How many ids of a row fit: its one image id becomes ``visual_tokens`` positions."""
+    return context_length - (visual_tokens - 1 if row.image else 0)
 
 
 @dataclass
 class Collator:
     """Examples -> a right-padded batch; images in reading order, as tower features where these are known already.
 
+    A row whose image cannot be read either ends the run, or leaves its batch: no loss term sees anything of it, every
+    process still makes the same number of steps, and a resumed run, which reads the same files, leaves out the same
+    rows. Where no row is left, the first one stays without its image and without a label.
+
     Attributes:
-        features: image path -> tower features [P, D_v]; when not None it holds every image of the data set.
+        features: image -> tower features [P, D_v]; when not None, an image that it lacks could not be read.
+        report_bad: put the numbers of the rows left out into the batch as ``bad_rows`` [k], instead of raising.
     """
 
     pad_id: int
     images: ImageStore
-    features: dict[Path, torch.Tensor] | None = None
+    features: dict[ImageSource, torch.Tensor] | None = None
+    report_bad: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v].
 
         A batch of text alone brings one blank image, so that every batch uses every trained parameter.
+
+        Raises:
+            BadImageError: an image cannot be read, unless ``report_bad``.
         """
+        good: list[Example] = []
+        bad: list[Example] = []
+        images: list[torch.Tensor] = []
+        for example in examples:
+            try:
+                images += self._images_of(example["row"])
+                good.append(example)
+            except BadImageError:
+                if not self.report_bad:
+                    raise
+                bad.append(example)
+        batch = self._padded(good or [_nothing_of(bad[0])])
+        if images or self.features is None or self.features:
+            name = "pixel_values" if self.features is None else "image_features"
+            batch[name] = torch.stack(images or [self._blank()])  # [n, 3, S, S] or [n, P, D_v]
+        if bad:
+            batch[BAD_ROWS] = torch.tensor([example["row"].number for example in bad])  # [k]
+        return batch
+
+    def _images_of(self, row: Row) -> list[torch.Tensor]:
+        if row.image is None:
+            return []
+        if self.features is None:
+            return [self.images.pixels(row)]  # [3, S, S]
+        if row.image not in self.features:
+            raise BadImageError(f"row {row.number}: image {row.image} could not be read when the run began")
+        return [self.features[row.image]]  # [P, D_v]
+
+    def _blank(self) -> torch.Tensor:
+        """An image of nothing: [3, S, S], or [P, D_v] where features are known."""
+        return self.images.blank() if self.features is None else torch.zeros_like(next(iter(self.features.values())))
+
+    def _padded(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         length = max(len(example["input_ids"]) for example in examples)
         shape = (len(examples), length)
         input_ids = torch.full(shape, self.pad_id)
@@ -158,46 +189,9 @@ class Collator:
             input_ids[i, :n] = torch.tensor(example["input_ids"])
             attention_mask[i, :n] = 1
             labels[i, :n] = torch.tensor(example["labels"])
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        rows = [example["row"] for example in examples if example["row"].image is not None]
-        if self.features is not None:
-            known = [self.features[row.image] for row in rows if row.image]
-            if known or self.features:
-                batch["image_features"] = torch.stack(known or [torch.zeros_like(next(iter(self.features.values())))])
-        else:
-            batch["pixel_values"] = torch.stack([self.images.pixels(row) for row in rows] or [self.images.blank()])
-        return batch
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-class LengthGroupedOrder(Sampler[int]):
-    """A new order each epoch, fixed by (seed, epoch) so that a resumed run sees what a straight one sees.
-
-    Rows are shuffled, sorted by length within groups of 32 batches, and the batches shuffled again: little padding, and
-    neighbours still vary.
-    """
-
-    BATCHES_PER_GROUP = 32
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self._lengths, self._batch_size, self._seed = torch.tensor(lengths), batch_size, seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        draw = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        shuffled = torch.randperm(len(self._lengths), generator=draw)
-        groups = shuffled.split(self._batch_size * self.BATCHES_PER_GROUP)
-        batches = [
-            b for group in groups for b in group[self._lengths[group].argsort(stable=True)].split(self._batch_size)
-        ]
-        full = [batch for batch in batches if len(batch) == self._batch_size]
-        partial = [batch for batch in batches if len(batch) < self._batch_size]  # last, or it would shift the others
-        for i in torch.randperm(len(full), generator=draw).tolist():
-            yield from full[i].tolist()
-        for batch in partial:
-            yield from batch.tolist()
+def _nothing_of(example: Example) -> Example:
+    """The first id of a row, without its image and without a label: a batch on which every loss term is 0."""
+    return {"input_ids": example["input_ids"][:1], "labels": [IGNORED], "row": replace(example["row"], image=None)}

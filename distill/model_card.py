@@ -33,6 +33,8 @@ class RunFacts:
     eval_rows: int
     eval_sha256: str | None
     accuracy: Mapping[str, float]  # percent per family of the held-out rows, last evaluation
+    rows_left_out: int = 0  # different rows whose image could not be read
+    left_out_first: Sequence[str] = ()  # the first of them, with the reason
 
 
 def render_card(config: DistillConfig, facts: RunFacts) -> str:
@@ -48,6 +50,7 @@ def render_card(config: DistillConfig, facts: RunFacts) -> str:
         f"- data: `{config.data}`, {facts.rows} conversations, sha256 `{facts.data_sha256}`",
         f"- {facts.steps} steps of {facts.rows_per_step} conversations in {facts.seconds:.0f} s, {facts.engine}",
         f"- {facts.trainable:,} of {facts.parameters:,} parameters trained",
+        *_left_out_lines(facts),
         "",
         "| term | weight | last value | gradient norm |",
         "|---|---|---|---|",
@@ -110,6 +113,13 @@ def _flags(settings: object, prefix: str) -> Sequence[str]:
         elif value != setting.default:
             words += [flag, value.as_posix() if isinstance(value, Path) else str(value)]
     return words
+
+
+def _left_out_lines(facts: RunFacts) -> list[str]:
+    if not facts.rows_left_out:
+        return []
+    listed = [f"  - {reason}" for reason in facts.left_out_first]
+    return [f"- {facts.rows_left_out} rows were left out, their image could not be read; the first:", *listed]
 
 
 def _term_line(name: str, weight: float, facts: RunFacts) -> str:

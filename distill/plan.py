@@ -21,7 +21,7 @@ from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.parameter_groups import group_of, learning_rates
 from distill.plan_memory import Decoder, Engine, Memory, Sizes, memory_per_gpu
-from distill.rows import Row, read_rows
+from distill.rows import IndexedRows, read_rows
 from distill.teacher import DTYPES, chosen_processing
 from distill.trainer import term_settings
 
@@ -93,7 +93,7 @@ def make_plan(config: DistillConfig, gpus: int, engine: Engine, step_time_s: flo
     )
     sizes = _sizes(config, module, trained, positions[1])
     per_epoch, steps = planned_steps(config, len(rows), gpus)
-    images = len({row.image for row in rows if row.image is not None})
+    images = int(rows.with_image.sum())  # at most: rows may share one
     features = images * student.config.patch_grid**2 * student.config.vision_config.hidden_size * 4
     return Plan(
         trained=trained,
@@ -148,11 +148,13 @@ def _meta_vlm(path: Any, dtype: torch.dtype) -> MobileVlm:
         return load_vlm(path, dtype)
 
 
-def _positions(rows: list[Row], processing: Processing, tokenizer: Tokenizer, student: MobileVlm) -> tuple[float, int]:
+def _positions(
+    rows: IndexedRows, processing: Processing, tokenizer: Tokenizer, student: MobileVlm
+) -> tuple[float, int]:
     context = student.config.text_config.max_position_embeddings
-    sample = [rows[i * len(rows) // SAMPLED_ROWS] for i in range(SAMPLED_ROWS)] if len(rows) > SAMPLED_ROWS else rows
+    count = min(SAMPLED_ROWS, len(rows))
     lengths = []
-    for row in sample:
+    for row in (rows[i * len(rows) // count] for i in range(count)):
         length = len(encode_row(row, processing, tokenizer)[0])
         lengths.append(min(context, length + (student.config.visual_tokens - 1 if row.image else 0)))
     return sum(lengths) / len(lengths), max(lengths)

@@ -37,6 +37,8 @@ class ProgressLine(TrainerCallback):
         )
         if not terms:
             return
+        if left_out := int(logs.get("rows_left_out", 0)):
+            terms += f" rows left out {left_out}"
         self._bar.update(self._task, description=terms)
         if not self._console.is_terminal and state.global_step - self._shown >= state.max_steps / LINES:
             self._shown = state.global_step

@@ -20,6 +20,7 @@ from bundle.staging import refuse_existing, sha256_of, write_text_whole
 from bundle.tokenizer import open_tokenizer
 from distill.accuracy import read_held_out
 from distill.align_kd import AlignKD, TermSettings
+from distill.bad_images import SHOWN, BadImages, read_all
 from distill.config import DistillConfig
 from distill.data import Collator, ImageStore, LlavaDataset
 from distill.features import known_features
@@ -32,18 +33,20 @@ from distill.models.save import save_checkpoint
 from distill.parameter_groups import STUDENT
 from distill.progress import ProgressLine
 from distill.ranks import Ranks
-from distill.rows import read_rows
+from distill.rows import IndexedRows, open_rows
 from distill.stop_signals import Stopped, StopSignals
 from distill.teacher import chosen_processing, open_teacher, place_teacher
 from distill.tracking import trackers
 from distill.training_loop import DistillTrainer, training_arguments
 from distill.work_folder import (
+    ROW_INDEX,
     SETTINGS_FILE,
     check_output,
     every_setting,
     kept_if_resumable,
     last_checkpoint,
     settings_of,
+    step_of,
 )
 
 
@@ -65,15 +68,21 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
     with ranks.agreed():
         if ranks.main:
             check_output(config)
-        module, processing, dataset, collator = _open(config, console)
     with kept_if_resumable(config.work, console, ranks.main):
+        with ranks.agreed():
+            if ranks.main:  # it writes the index of the rows, which the others read
+                _rows(config)
+        with ranks.agreed():
+            module, processing, dataset, collator = _open(config, _rows(config), console)
         stop = StopSignals(ranks)
         with ranks.agreed():
             trainer = _trainer(config, args, ranks, module, processing, dataset, collator, stop, console)
             begun = time.monotonic()
             nn.Module.to(module.student.vision_tower, args.device)
             budget = config.cache_mb << 20
-            collator.features = known_features(module, dataset.rows, collator.images, budget)  # on the trainer's device
+            collator.features = known_features(  # on the trainer's device
+                module, dataset.rows, collator.images, budget, leave_out_bad=config.on_bad_image == "skip"
+            )
         if ranks.main:
             write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
         checkpoint = ranks.told(last_checkpoint(config.work))
@@ -88,11 +97,16 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
     return config.output
 
 
-def _open(config: DistillConfig, console: Console) -> tuple[AlignKD, Processing, LlavaDataset, Collator]:
-    rows = read_rows(config.data, config.image_folder)
-    console.print(
-        f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image", soft_wrap=True
-    )
+def _rows(config: DistillConfig) -> IndexedRows:
+    rows = open_rows(config.data, config.image_folder, config.work / ROW_INDEX)
+    rows.check(missing_images=config.on_bad_image == "stop")
+    return rows
+
+
+def _open(
+    config: DistillConfig, rows: IndexedRows, console: Console
+) -> tuple[AlignKD, Processing, LlavaDataset, Collator]:
+    console.print(f"{len(rows)} conversations, {int(rows.with_image.sum())} with an image", soft_wrap=True)
     student, processing = load_vlm(config.student), chosen_processing(read_processing(config.student), config)
     teacher = open_teacher(config, student, processing, console)
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
@@ -111,7 +125,9 @@ def _open(config: DistillConfig, console: Console) -> tuple[AlignKD, Processing,
         add_lora(student, config.lora)
     if config.gradient_checkpointing:
         student.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    collator = Collator(processing.tokenizer.pad_id, ImageStore(processing.image, config.cache_mb << 20))
+    collator = Collator(
+        processing.tokenizer.pad_id, ImageStore(processing.image, config.cache_mb << 20), report_bad=True
+    )
     return module, processing, dataset, collator
 
 
@@ -130,7 +146,6 @@ def _trainer(
     if config.eval_data is not None:
         held_out = read_held_out(
             config.eval_data,
-            config.eval_data.parent,
             config.eval_rows,
             processing,
             open_tokenizer(processing.tokenizer, config.student),
@@ -140,7 +155,16 @@ def _trainer(
     callbacks: list[TrainerCallback] = [stop]
     if ranks.main:
         callbacks += [ProgressLine(console), *trackers(config)]
-    trainer = DistillTrainer(module, config, args, ranks, dataset, collator, held_out, callbacks)
+    bad_images = BadImages(
+        dataset.rows,
+        collator.images,
+        config.on_bad_image,
+        config.work,
+        console,
+        ranks.index,
+        step_of(last_checkpoint(config.work)),
+    )
+    trainer = DistillTrainer(module, config, args, ranks, dataset, collator, held_out, bad_images, callbacks)
     if module.teacher is not None:
         place_teacher(module.teacher, config, args.device)
     if config.grad_norm_steps and not trainer.measures_gradients:
@@ -174,12 +198,13 @@ def _finish(
     if not ranks.main:
         return
     module, history = trainer.align, trainer.state.log_history
+    rows, left_out = _rows(config), {one.row: one.reason for one in read_all(config.work)}
     facts = RunFacts(
         steps=trainer.state.global_step,
-        rows=trainer.rows,
+        rows=len(rows),
         rows_per_step=config.batch_size * config.gradient_accumulation * ranks.count,
         engine=trainer.engine,
-        data_sha256=sha256_of(config.data),
+        data_sha256=rows.sha256,
         seconds=seconds,
         parameters=sum(p.numel() for p in module.student.parameters()),
         trainable=sum(p.numel() for p in module.student.parameters() if p.requires_grad),
@@ -188,6 +213,8 @@ def _finish(
         eval_rows=trainer.held_out_rows,
         eval_sha256=sha256_of(config.eval_data) if config.eval_data is not None else None,
         accuracy=_last(history, "accuracy/"),
+        rows_left_out=len(left_out),
+        left_out_first=list(left_out.values())[:SHOWN],
     )
     final = config.work / "final"
     shutil.rmtree(final, ignore_errors=True)
@@ -195,7 +222,7 @@ def _finish(
     adapters = {name: value.contiguous() for name, value in state.items() if not name.startswith(STUDENT)}
     if adapters:
         save_file(adapters, final / "adapters.safetensors")
-    log = {"settings": every_setting(config), "facts": asdict(facts), "log": history}
+    log = {"settings": every_setting(config), "facts": asdict(facts), "rows_left_out": left_out, "log": history}
     write_text_whole(final / "training_log.json", json.dumps(log, indent=1) + "\n")
     if (events := config.work / "tensorboard").is_dir():
         shutil.move(events, final / "tensorboard")

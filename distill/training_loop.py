@@ -16,8 +16,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from distill.accuracy import HeldOut, Tally
 from distill.align_kd import AlignKD
+from distill.bad_images import BadImages
 from distill.config import DistillConfig
-from distill.data import Collator, LengthGroupedOrder, LlavaDataset
+from distill.data import BAD_ROWS, Collator, LengthGroupedOrder, LlavaDataset
 from distill.parameter_groups import parameter_groups
 from distill.ranks import Ranks
 from distill.term_counts import term_counts
@@ -78,10 +79,11 @@ class DistillTrainer(Trainer):
         dataset: LlavaDataset,
         collator: Collator,
         held_out: HeldOut | None,
+        bad_images: BadImages,
         callbacks: list[TrainerCallback],
     ) -> None:
         self._config, self._dataset, self._ranks, self._held_out = config, dataset, ranks, held_out
-        self._align, self._meter = module, TermMeter(ranks.count)
+        self._align, self._meter, self._bad_images = module, TermMeter(ranks.count), bad_images
         super().__init__(
             model=module,
             args=args,
@@ -99,11 +101,6 @@ class DistillTrainer(Trainer):
     def align(self) -> AlignKD:
         """The module without what accelerate wraps around it."""
         return self._align
-
-    @property
-    def rows(self) -> int:
-        """Conversations of the data."""
-        return len(self._dataset)
 
     @property
     def held_out_rows(self) -> int:
@@ -143,7 +140,13 @@ class DistillTrainer(Trainer):
         """Weighted sum of the terms, each a mean over the step's items in all micro batches and all processes.
 
         ``num_items_in_batch`` holds the step's counts. Engines average gradients over processes, which is undone here.
+
+        Raises:
+            BadImageError: the batch lacks a row whose image could not be read, and such rows stop the run.
         """
+        bad_rows = inputs.pop(BAD_ROWS, None)
+        if bad_rows is not None:
+            self._bad_images.meet(bad_rows.tolist(), self.state.global_step)
         terms = model(**inputs)
         every = self._config.grad_norm_steps
         if self.measures_gradients and self.state.global_step % every == 0:
@@ -167,6 +170,9 @@ class DistillTrainer(Trainer):
         """Replace the Trainer's loss by the terms' means over processes since the last entry and their weighted sum."""
         if "loss" in logs:
             logs |= self._meter.take()
+            if self._config.on_bad_image == "skip":  # a collective: every process logs at the same steps
+                count = torch.tensor([self._bad_images.count], device=self.args.device)
+                logs["rows_left_out"] = int(self.accelerator.gather(count).sum())
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -202,7 +208,9 @@ class DistillTrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        return LengthGroupedOrder(self._dataset.text_lengths(), self.args.train_batch_size, self._config.seed)
+        return LengthGroupedOrder(
+            self._dataset.text_lengths(), self.args.train_batch_size, self._config.seed, self.args.world_size
+        )
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also what the log has summed; the Trainer's state, which marks a whole checkpoint, is written after this."""

@@ -19,9 +19,10 @@ from distill.stop_signals import Stopped
 
 SETTINGS_FILE = "settings.json"  # of an unfinished run, so that it is resumed only as it began
 NOT_COMPARED = (
-    "resume", "output", "log_steps", "save_steps", "cache_mb", "workers", "report", "eval_data", "eval_steps",
-    "eval_rows", "gradient_checkpointing", "teacher_placement",
+    "resume", "output", "log_steps", "save_steps", "cache_mb", "workers", "report", "on_bad_image", "eval_data",
+    "eval_steps", "eval_rows", "gradient_checkpointing", "teacher_placement",
 )  # fmt: skip
+ROW_INDEX = "rows"  # where the data's rows lie
 
 
 def check_output(config: DistillConfig) -> None:
@@ -66,6 +67,11 @@ def last_checkpoint(work: Path) -> str | None:
     """The newest checkpoint of an unfinished run that was written to its end; the Trainer writes its state last."""
     whole = [state.parent for state in work.glob("checkpoint-*/trainer_state.json") if _is_json(state)]
     return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The optimizer step that a checkpoint was written at; 0 for none."""
+    return 0 if checkpoint is None else int(Path(checkpoint).name.removeprefix("checkpoint-"))
 
 
 def _is_json(path: Path) -> bool:

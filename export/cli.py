@@ -104,6 +104,7 @@ def _as_json(config: ExportConfig, manifest: Manifest) -> dict[str, object]:
         "runtime": manifest.parity.runtime,
         "graph_error": {stage: parity.relative_error for stage, parity in manifest.parity.graph_error.items()},
         "quantization_error": dict(manifest.parity.quantization_error),
+        "total_error": dict(manifest.parity.total_error),
     }
 
 

@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
+from bundle.constants import record_constants
 from bundle.errors import UsageError, VerificationError
-from bundle.golden import CASES_FILE, GREEDY_TOKENS, VECTORS_FILE, read_golden, write_golden
+from bundle.golden import GREEDY_TOKENS, read_golden
 from bundle.manifest import (
-    Golden,
     Manifest,
     Parity,
     Precision,
-    Stage,
     StageParity,
     Target,
     file_records,
     write_manifest,
 )
-from bundle.runtimes.registry import open_runtime
+from bundle.runtimes.registry import first_entry
 from bundle.staging import fresh_directory, refuse_existing
 from bundle.tokenizer import open_tokenizer
-from bundle.verify import replay
+from bundle.verify import verdict_of
 from distill.models.checkpoint import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.projector import LDP_V2
 from export.contract import ExportedGraphs, ExportRequest
-from export.golden_record import Probe, forced_errors, golden_case, golden_vectors, probes, run_stages
+from export.golden_record import Probe, probes
 from export.provenance import environment_of, source_of
-from export.rounding import rounded_activations
+from export.recording import Recorded, record
 from export.shape import model_shape
 from export.targets import load_exporter
-from export.tolerances import ACTIVATIONS, stage_tolerances
 
 # KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit,
 # and a 1.7B model's float32 cache stays at 0.4 GB.
 DEFAULT_CONTEXT = 1024
 TOKENIZER_FILE = "tokenizer.model"
-# Rounding can move a weight matrix by this much (relative L2) when its values are spread as badly as they can be;
-# normal weights move by 0.1 (int4), 0.01 (int8) and 3e-4 (fp16), a matrix packed in a wrong order by 1.4.
-WEIGHT_ERROR_LIMITS: dict[Precision, float] = {"int4": 0.4, "int8": 0.2, "fp16": 0.01, "fp32": 0.01}
 
 
 @dataclass(frozen=True)
@@ -91,11 +84,11 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
             )
         )
         shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
-        recorded = _record(job, vlm, exported.dequantized, questions, folder)
+        recorded = _record(job, vlm, exported, questions, folder)
         progress(f"golden vectors of {len(questions)} questions recorded")
-        tolerances = stage_tolerances(job.target, job.precision, recorded.rounding_error)
-        manifest = _manifest(job, vlm, processing, exported, context_length, tolerances)
-        parity = _check(folder, job, manifest, recorded.quantization_error)
+        manifest = _manifest(job, vlm, processing, exported, context_length, recorded)
+        record_constants(folder, manifest)
+        parity = _check(folder, job, manifest)
         progress(f"replayed on {parity.runtime}: every stage within tolerance")
         manifest = manifest.model_copy(update={"parity": parity, "files": file_records(folder)})
         write_manifest(folder, manifest)
@@ -133,54 +126,13 @@ def _context_length(job: ExportJob, vlm: MobileVlm, questions: Sequence[Probe]) 
     return length
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What recording the golden vectors told: quantization error and sensitivity to rounded activations, by stage."""
-
-    quantization_error: dict[Stage, float]
-    rounding_error: dict[Stage, float]
-
-
-@torch.no_grad()
 def _record(
-    job: ExportJob, vlm: MobileVlm, dequantized: Mapping[str, torch.Tensor], questions: Sequence[Probe], folder: Path
+    job: ExportJob, vlm: MobileVlm, exported: ExportedGraphs, questions: Sequence[Probe], folder: Path
 ) -> Recorded:
-    """Write the golden vectors of the weights that the files hold.
-
-    ``vlm`` holds the dequantised weights afterwards: a second copy of a large model would not fit into memory.
-    """
-    in_float = outputs = [run_stages(vlm, probe) for probe in questions]
-    _load_dequantized(job, vlm, dequantized)
-    if dequantized:
-        outputs = [run_stages(vlm, probe) for probe in questions]
-    write_golden(
-        folder,
-        [golden_case(probe, out) for probe, out in zip(questions, outputs, strict=True)],
-        {name: v for probe, out in zip(questions, outputs, strict=True) for name, v in golden_vectors(probe, out)},
-        {probe.image_file: probe.image for probe in questions if probe.image_file and probe.image},
-    )
-    with rounded_activations(vlm, ACTIVATIONS[job.target][job.precision]):
-        rounding_error = forced_errors(vlm, questions, outputs)
-    return Recorded(forced_errors(vlm, questions, in_float), rounding_error)
-
-
-def _load_dequantized(job: ExportJob, vlm: MobileVlm, dequantized: Mapping[str, torch.Tensor]) -> None:
-    """Put what the files hold into ``vlm``, weight by weight.
-
-    Raises:
-        VerificationError: a weight is too far from the checkpoint's to be its rounding, so it was packed wrongly.
-    """
-    parameters, limit = vlm.state_dict(), WEIGHT_ERROR_LIMITS[job.precision]
-    for name in dequantized:
-        weight = dequantized[name]
-        wanted = parameters[name].norm().clamp_min(torch.finfo(torch.float32).tiny)
-        error = float((weight - parameters[name]).norm() / wanted)
-        if not error <= limit:
-            raise VerificationError(
-                f"the {job.target} files do not hold the checkpoint's weights at {job.precision}: '{name}' is off by "
-                f"{error:.2e}, rounding explains {limit}; {job.output} was not written: run alignkd-doctor"
-            )
-        parameters[name].copy_(weight)
+    try:
+        return record(vlm, exported.dequantized, questions, job.target, job.precision, folder)
+    except VerificationError as error:
+        raise VerificationError(f"{error}; {job.output} was not written: run alignkd-doctor") from error
 
 
 def _manifest(
@@ -189,7 +141,7 @@ def _manifest(
     processing: Processing,
     exported: ExportedGraphs,
     context_length: int,
-    tolerances: dict[Stage, float],
+    recorded: Recorded,
 ) -> Manifest:
     return Manifest(
         name=job.name or f"{job.checkpoint.resolve().name}-{job.target}-{job.precision}",
@@ -204,31 +156,29 @@ def _manifest(
         image=processing.image,
         prompt=processing.prompt,
         tokenizer=processing.tokenizer.model_copy(update={"path": TOKENIZER_FILE}),
-        golden=Golden(vectors=VECTORS_FILE, cases=CASES_FILE, tolerances=tolerances),
+        golden=recorded.golden(job.target, job.precision),
         files={},
     )
 
 
-def _check(folder: Path, job: ExportJob, manifest: Manifest, quantization_error: dict[Stage, float]) -> Parity:
+def _check(folder: Path, job: ExportJob, manifest: Manifest) -> Parity:
     """Replay the golden vectors on the target's own runtime.
 
     Raises:
-        VerificationError: the first stage out of tolerance.
+        VerificationError: the first stage out of tolerance, the kind of fault and what to run next.
     """
-    runtime = open_runtime(folder, manifest)
-    try:
-        errors = replay(runtime, manifest, read_golden(folder, manifest))
-    finally:
-        runtime.close()
-    tolerances = manifest.golden.tolerances
-    for stage, error in errors.items():
-        if not error <= tolerances[stage]:  # an error that is not a number fails too
-            raise VerificationError(
-                f"the {job.target} graphs at {job.precision} do not compute what the model computes: stage '{stage}' "
-                f"is off by {error:.2e} on {runtime.name}, tolerance {tolerances[stage]:.2e}; {job.output} was not "
-                "written: run alignkd-doctor to check the installed versions"
-            )
-    graph_error = {
-        stage: StageParity(relative_error=error, tolerance=tolerances[stage]) for stage, error in errors.items()
-    }
-    return Parity(runtime=runtime.name, graph_error=graph_error, quantization_error=quantization_error)
+    verdict = verdict_of(first_entry(manifest.target), folder, manifest, read_golden(folder, manifest))
+    if verdict.diagnosis is not None:
+        raise VerificationError(
+            f"the {job.target} graphs at {job.precision} do not compute what the model computes on {verdict.runtime}: "
+            f"{verdict.diagnosis}; {job.output} was not written"
+        )
+    return Parity(
+        runtime=verdict.runtime,
+        family=verdict.family,
+        graph_error={
+            row.stage: StageParity(relative_error=row.error, tolerance=row.tolerance) for row in verdict.stages
+        },
+        quantization_error={row.stage: row.quantization_error for row in verdict.stages},
+        total_error={row.stage: row.total_error for row in verdict.stages},
+    )

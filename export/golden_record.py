@@ -14,8 +14,8 @@ from bundle.golden import GREEDY_TOKENS, GoldenCase, Vector
 from bundle.image import preprocess
 from bundle.manifest import Stage
 from bundle.prompt import Prompt, build_prompt, splice, text_ids
+from bundle.replay import relative_error
 from bundle.tokenizer import Tokenizer
-from bundle.verify import relative_error
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from bundle.tolerances import Activations
 from distill.models.mobilevlm import MobileVlm
-from export.tolerances import Activations
 
 
 def int8_per_token(x: torch.Tensor) -> torch.Tensor:

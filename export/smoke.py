@@ -24,8 +24,8 @@ import tyro
 from bundle.errors import VerificationError, run_command
 from bundle.manifest import Golden, ImageSpec, Manifest, ModelShape, Source, Target, TokenizerSpec
 from bundle.prompt import TEMPLATES
+from bundle.replay import relative_error
 from bundle.runtimes.registry import open_runtime
-from bundle.verify import relative_error
 from export.targets import known_target, load_exporter
 
 if TYPE_CHECKING:
@@ -173,7 +173,9 @@ def tiny_manifest(target: Target, vlm: MobileVlm, exported: ExportedGraphs) -> M
         image=ImageSpec(size=IMAGE_SIZE, strategy="pad", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
         prompt=TEMPLATES["v1"],
         tokenizer=TOKENIZER,
-        golden=Golden(vectors="none", cases="none", tolerances={}),
+        golden=Golden(
+            cases="none", vectors={}, constants="none", activation_error={}, tolerances={}, quantization_tolerances={}
+        ),
         files={},
     )
 

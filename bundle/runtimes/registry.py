@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from bundle.errors import BackendMissingError, UsageError
-from bundle.manifest import Manifest, Target
+from bundle.manifest import Family, Manifest, Target
+from bundle.processor import host_family
 from bundle.runtimes.contract import Runtime
 
 
@@ -24,10 +25,16 @@ class RuntimeModule(Protocol):
 
 @dataclass(frozen=True)
 class RuntimeEntry:
-    """A runtime by the name that --runtime takes; ``load`` imports its file."""
+    """A runtime by the name that --runtime takes.
+
+    Attributes:
+        load: imports its file.
+        family: what its arithmetic is judged as (bundle/tolerances.py).
+    """
 
     name: str
     load: Callable[[], RuntimeModule]
+    family: Callable[[], Family] = host_family
 
 
 def _onnx() -> RuntimeModule:
@@ -54,11 +61,22 @@ def _coreml_interpreter() -> RuntimeModule:
     return coreml_interpreter
 
 
+def _apple() -> Family:
+    return "apple"
+
+
+def _evaluator() -> Family:
+    return "evaluator"
+
+
 RUNTIMES: dict[Target, tuple[RuntimeEntry, ...]] = {
     "onnx": (RuntimeEntry("onnx", _onnx),),
     "executorch": (RuntimeEntry("executorch", _executorch),),
     # Apple's own runtime first; the interpreter walks the ML program on any host
-    "coreml": (RuntimeEntry("coreml", _coreml), RuntimeEntry("coreml_interpreter", _coreml_interpreter)),
+    "coreml": (
+        RuntimeEntry("coreml", _coreml, _apple),
+        RuntimeEntry("coreml_interpreter", _coreml_interpreter, _evaluator),
+    ),
 }
 
 
@@ -86,6 +104,22 @@ def no_runtime(target: Target, reasons: dict[str, str]) -> BackendMissingError:
     )
 
 
+def first_entry(target: Target, name: str | None = None) -> RuntimeEntry:
+    """The first runtime of ``target`` that can run here, or the one called ``name``.
+
+    Raises:
+        UsageError: unknown runtime name.
+        BackendMissingError: none of them can run on this host.
+    """
+    reasons: dict[str, str] = {}
+    for entry in runtime_entries(target, name):
+        reason = entry.load().available()
+        if reason is None:
+            return entry
+        reasons[entry.name] = reason
+    raise no_runtime(target, reasons)
+
+
 def open_runtime(bundle: Path, manifest: Manifest, threads: int | None = None, name: str | None = None) -> Runtime:
     """Open ``bundle`` on the first runtime that can run here, or on the one called ``name``.
 
@@ -93,11 +127,4 @@ def open_runtime(bundle: Path, manifest: Manifest, threads: int | None = None, n
         UsageError: unknown runtime name.
         BackendMissingError: none of them can run on this host.
     """
-    reasons: dict[str, str] = {}
-    for entry in runtime_entries(manifest.target, name):
-        module = entry.load()
-        reason = module.available()
-        if reason is None:
-            return module.open_runtime(bundle, manifest, threads)
-        reasons[entry.name] = reason
-    raise no_runtime(manifest.target, reasons)
+    return first_entry(manifest.target, name).load().open_runtime(bundle, manifest, threads)

@@ -6,15 +6,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bundle.golden import CASES_FILE, GREEDY_TOKENS, VECTORS_FILE, GoldenCase, write_golden
+from bundle import constants
+from bundle.constants import CONSTANTS_FILE, record_constants
+from bundle.golden import CASES_FILE, GREEDY_TOKENS, VECTOR_FILES, GoldenCase, write_golden
 from bundle.image import preprocess
 from bundle.manifest import (
     STAGES,
+    Family,
     Golden,
     Graph,
     GraphQuantization,
@@ -97,6 +101,7 @@ class NumpyModule:
 def numpy_module(monkeypatch: pytest.MonkeyPatch) -> NumpyModule:
     """The only runtime of target onnx, under the name "numpy"."""
     module = NumpyModule(NumpyRuntime())
+    monkeypatch.setitem(constants.READERS, "onnx", lambda path: iter([("weights", path.read_bytes())]))
     monkeypatch.setitem(registry.RUNTIMES, "onnx", (registry.RuntimeEntry("numpy", lambda: module),))
     return module
 
@@ -132,7 +137,12 @@ def numpy_manifest() -> Manifest:
         prompt=TEMPLATES["v1"],
         tokenizer=TokenizerSpec(kind="sentencepiece", path="tokenizer.model", bos_id=1, eos_ids=(2,), pad_id=0),
         golden=Golden(
-            vectors=VECTORS_FILE, cases=CASES_FILE, tolerances={s: 0 if s == "prompt" else 1e-5 for s in STAGES}
+            cases=CASES_FILE,
+            vectors=dict.fromkeys(VECTOR_FILES, VECTOR_FILES["float"]),
+            constants=CONSTANTS_FILE,
+            activation_error={},
+            tolerances=dict.fromkeys(get_args(Family), {s: 0 if s == "prompt" else 1e-5 for s in STAGES}),
+            quantization_tolerances=dict.fromkeys(STAGES, 1e-5),
         ),
         files={},
     )
@@ -186,7 +196,8 @@ def numpy_bundle(tmp_path: Path, numpy_module: NumpyModule, picture: Image.Image
         (folder / graph.path).write_bytes(graph.path.encode() * 9)
     with_image, vectors = record_case(manifest, folder, "stripes", "What colour is it?", picture)
     without, more = record_case(manifest, folder, "text", "Say yes.", None)
-    write_golden(folder, [with_image, without], vectors | more, {"golden/stripes.png": picture})
+    write_golden(folder, [with_image, without], {"float": vectors | more}, {"golden/stripes.png": picture})
+    record_constants(folder, manifest)
     write_manifest(folder, manifest.model_copy(update={"files": file_records(folder)}))
     return folder
 

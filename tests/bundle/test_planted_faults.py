@@ -122,7 +122,7 @@ def test_the_bundle_is_whole_before(exported: Path, verify: Callable) -> None:
 def test_bilinear_resize_is_stage_pixels(bundle: Path, verify: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(image.FILTERS, "bicubic", Image.Resampling.BILINEAR)
     code, err, result = verify(bundle)
-    assert code == 3 and "stage 'pixels'" in err
+    assert code == 3 and "stage 'pixels', kind preprocessing" in err
     stages = {row["stage"]: row["ok"] for row in result["verdicts"][0]["stages"]}
     assert [stage for stage, ok in stages.items() if not ok] == ["pixels"], "later stages are fed the recorded pixels"
 
@@ -131,7 +131,7 @@ def test_bilinear_resize_is_stage_pixels(bundle: Path, verify: Callable, monkeyp
 def test_a_wrong_space_in_the_prompt_is_stage_prompt(bundle: Path, verify: Callable, change: dict[str, str]) -> None:
     rewrite(bundle, prompt=read_manifest(bundle).prompt.model_copy(update=change))
     code, err, result = verify(bundle)
-    assert code == 3 and "stage 'prompt'" in err
+    assert code == 3 and "stage 'prompt', kind preprocessing" in err
     assert result["verdicts"][0]["first_bad_stage"] == "prompt"
 
 
@@ -151,7 +151,7 @@ def test_one_altered_weight_is_the_stage_of_its_graph(
     assert code == 3 and f"file '{data.relative_to(bundle).as_posix()}' was changed" in err
     rewrite(bundle)
     code, err, result = verify(bundle)
-    assert code == 3 and f"stage '{stage}'" in err
+    assert code == 3 and f"stage '{stage}', kind quantization" in err and "are not those of the recording" in err
     assert result["verdicts"][0]["first_bad_stage"] == stage
 
 
@@ -159,7 +159,7 @@ def test_swapped_key_and_value_caches_are_stage_greedy_tokens(bundle: Path, veri
     swap_key_and_value_caches(bundle)
     rewrite(bundle)
     code, err, result = verify(bundle)
-    assert code == 3 and "stage 'greedy_tokens'" in err
+    assert code == 3 and "stage 'greedy_tokens', kind graph" in err and "keys and values swapped" in err
     assert result["verdicts"][0]["first_bad_stage"] == "greedy_tokens", "a prefill starts from empty caches"
 
 
@@ -206,3 +206,21 @@ def test_a_graph_truncated_with_its_hash_is_one_line(bundle: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
     assert done.returncode in (2, 3) and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert path.name in done.stderr
+
+
+def test_int4_against_fp32_token_by_token(
+    exported: Path, exported_int4: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["alignkd-verify", str(exported), "--compare", str(exported_int4), "--json", "--max-new-tokens", "4"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as leaving:
+        verify_cli.main()
+    out, _ = capsys.readouterr()
+    row = json.loads(out.splitlines()[-1])
+    assert leaving.value.code == 0 and 0 < row["agreement"] <= 1 and row["tokens"] <= 16
+    manifest = read_manifest(exported_int4)
+    assert manifest.parity is not None
+    # the two runtimes are apart by what the export found between the int4 runtime and the checkpoint in float32
+    wanted = manifest.parity.total_error["visual_tokens"]
+    assert row["relative_error"]["visual_tokens"] == pytest.approx(wanted, rel=0.02)
+    assert row["mean_kl_nats"] > 0

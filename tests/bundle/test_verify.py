@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bundle import image, verify_cli
-from bundle.errors import BackendMissingError, UsageError, VerificationError
+from bundle import constants, image, verify_cli
+from bundle.errors import BackendMissingError, UsageError, VerificationError, missing_extra
+from bundle.golden import read_golden, write_golden
 from bundle.manifest import MANIFEST_FILE, STAGES, read_manifest
+from bundle.processor import host_family
+from bundle.replay import relative_error
 from bundle.runtimes import registry
-from bundle.verify import relative_error, verify_bundle
+from bundle.verify import verify_bundle
 
 
 def run(
@@ -79,7 +82,13 @@ def test_a_sure_token_that_changes_is_an_error_even_within_the_norm(
     for tolerance, stage in ((0.5, None), (0.04, "greedy_tokens")):  # at 0.5 no token of this model is sure
         rehash(
             numpy_bundle,
-            golden=golden.model_copy(update={"tolerances": golden.tolerances | {"greedy_tokens": tolerance}}),
+            golden=golden.model_copy(
+                update={
+                    "tolerances": {
+                        family: row | {"greedy_tokens": tolerance} for family, row in golden.tolerances.items()
+                    }
+                }
+            ),
         )
         assert first_bad(numpy_bundle) == stage
 
@@ -118,7 +127,8 @@ def test_the_command_prints_the_ladder_and_exits_0(numpy_bundle: Path, capsys: A
     code, out, err = run(capsys, monkeypatch, numpy_bundle, "--json")
     assert (code, err) == (0, "")
     assert all(stage in out for stage in STAGES)
-    assert "every stage is within tolerance; covers: the test's own arithmetic" in out
+    assert "every stage is within tolerance" in out and "covers: the test's own arithmetic" in out
+    assert "64 of 64 answer tokens are the checkpoint's in float32" in out
     last = json.loads(out.splitlines()[-1])
     assert last["ok"] is True and last["verdicts"][0]["first_bad_stage"] is None
     assert [row["stage"] for row in last["verdicts"][0]["stages"]] == list(STAGES)
@@ -130,11 +140,13 @@ def test_the_command_names_the_stage_and_exits_3(
     numpy_module.runtime.faults["decode"] = lambda output: output * np.float32("nan")
     code, out, err = run(capsys, monkeypatch, numpy_bundle, "--json")
     assert code == 3
-    assert "the first stage out of tolerance is 'greedy_tokens'" in out
-    assert "first out of tolerance is stage 'greedy_tokens' on numpy" in err and err.count("\n") == 1
+    assert "first out of tolerance: greedy_tokens" in out and "kind:  graph" in out and "KV cache" in out
+    assert "stage 'greedy_tokens', kind graph: inf" in err and "(on numpy)" in err and err.count("\n") == 1
     verdict = json.loads(out.splitlines()[-1])["verdicts"][0]
     assert verdict["first_bad_stage"] == "greedy_tokens"
-    assert verdict["stages"][-1] == {"stage": "greedy_tokens", "error": None, "tolerance": 1e-5, "ok": False}
+    last = verdict["stages"][-1]
+    assert (last["stage"], last["error"], last["tolerance"], last["ok"]) == ("greedy_tokens", None, 1e-5, False)
+    assert (last["quantization_error"], last["where"]) == (0.0, "case 'stripes', answer token 1")
 
 
 def truncate(bundle: Path) -> None:
@@ -198,17 +210,22 @@ def test_a_changed_manifest(numpy_bundle: Path, capsys: Any, monkeypatch: Any) -
     assert code == 3 and "file 'tokenizer.model' was changed" in err
     code, err = verify_with(whole.replace("{", "[", 1))
     assert code == 2 and "manifest.json is not JSON" in err
-    code, err = verify_with(json.dumps({**manifest, "manifest_version": 2}))
-    assert code == 2 and "manifest_version 2" in err and "pip install --upgrade alignkd" in err
+    code, err = verify_with(json.dumps({**manifest, "manifest_version": 3}))
+    assert code == 2 and "manifest_version 3" in err and "pip install --upgrade alignkd" in err
+    code, err = verify_with(json.dumps({**manifest, "manifest_version": 1, "golden": {"vectors": "v", "cases": "c"}}))
+    assert code == 2 and "manifest_version 1, written by an older alignkd; this one reads 2" in err
     code, err = verify_with(
         json.dumps({**manifest, "files": {"../../etc/passwd": manifest["files"]["tokenizer.model"]}})
     )
     assert code == 2 and "'../../etc/passwd' leaves its folder" in err
     code, err = verify_with(json.dumps({**manifest, "surprise": 1}))
     assert code == 2 and "field 'surprise'" in err
-    golden = {**manifest["golden"], "tolerances": {"prompt": 0}}
+    golden = {**manifest["golden"], "tolerances": {host_family(): {"prompt": 0}}}
     code, err = verify_with(json.dumps({**manifest, "golden": golden}))
     assert code == 2 and "no tolerance for stage 'pixels'" in err
+    golden = {**manifest["golden"], "tolerances": {"apple": {}}}
+    code, err = verify_with(json.dumps({**manifest, "golden": golden}))
+    assert code == 2 and f"no tolerances for '{host_family()}'" in err and "it has them for apple" in err
 
 
 def test_no_runtime_here_is_exit_6(numpy_bundle: Path, numpy_module: Any, capsys: Any, monkeypatch: Any) -> None:
@@ -231,3 +248,58 @@ def test_a_runtime_that_is_not_here_is_listed_with_its_reason(
         verify_bundle(numpy_bundle, runtimes=("absent",))
     with pytest.raises(UsageError, match="runtime 'tpu' does not run bundles for 'onnx'; allowed: absent, numpy"):
         verify_bundle(numpy_bundle, runtimes=("tpu",))
+
+
+def test_weights_further_than_rounding_are_kind_quantization(
+    numpy_bundle: Path, numpy_module: Any, rehash: Callable[..., None]
+) -> None:
+    manifest = read_manifest(numpy_bundle)
+    recording = read_golden(numpy_bundle, manifest)
+    in_float = dict(recording.sets["float"])
+    in_float["text.first_logits"] = in_float["text.first_logits"] * np.float32(1.25)
+    files = write_golden(numpy_bundle, recording.cases, {"float": in_float, "dequantized": recording.sets["float"]})
+    rehash(numpy_bundle, golden=manifest.golden.model_copy(update={"vectors": files}))
+    (verdict,) = verify_bundle(numpy_bundle)
+    assert verdict.diagnosis is not None
+    assert (verdict.diagnosis.stage, verdict.diagnosis.kind) == ("first_logits", "quantization")
+    assert "further from the checkpoint's than rounding to fp32" in verdict.diagnosis.cause
+    row = next(row for row in verdict.stages if row.stage == "first_logits")
+    assert row.error <= row.tolerance and row.quantization_error == pytest.approx(0.2)
+    assert row.total_error == pytest.approx(0.2), "the runtime computes what the files hold"
+
+
+def test_a_changed_constant_is_told_from_a_changed_graph(
+    numpy_bundle: Path, numpy_module: Any, rehash: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numpy_module.runtime.faults["prefill"] = lambda output: output * np.float32(1.1)
+    (verdict,) = verify_bundle(numpy_bundle)
+    assert verdict.diagnosis is not None and verdict.diagnosis.kind == "graph"
+    assert "look at rotary base" in verdict.diagnosis.cause and "--fp32" in verdict.diagnosis.next_step
+    assert verdict.diagnosis.measured.startswith("1.00e-01, 10000.0 times the tolerance 1.00e-05 (case '")
+    flip_a_bit(numpy_bundle)
+    rehash(numpy_bundle)
+    (verdict,) = verify_bundle(numpy_bundle)
+    assert verdict.diagnosis is not None and verdict.diagnosis.kind == "quantization"
+    assert "1 constants of text_decoder.bin are not those of the recording: weights" in verdict.diagnosis.cause
+
+    def absent(path: Path) -> Any:
+        raise missing_extra("onnx", "onnx")
+
+    monkeypatch.setitem(constants.READERS, "onnx", absent)
+    (verdict,) = verify_bundle(numpy_bundle)
+    assert verdict.diagnosis is not None and verdict.diagnosis.kind == "graph"
+    assert "not checked whether its weights changed: the package 'onnx' is not installed" in verdict.diagnosis.cause
+
+
+def test_tolerances_can_be_scaled_to_measure(
+    numpy_bundle: Path, numpy_module: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    numpy_module.runtime.faults["embed"] = lambda output: output * np.float32(1 + 3e-5)
+    assert run(capsys, monkeypatch, numpy_bundle)[0] == 3
+    code, out, _ = run(capsys, monkeypatch, numpy_bundle, "--tolerance-scale", 100, "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["verdicts"][0]["stages"][3]["tolerance"] == 1e-3
+
+
+def test_flags_of_a_comparison_need_one(numpy_bundle: Path, capsys: Any, monkeypatch: Any) -> None:
+    code, _, err = run(capsys, monkeypatch, numpy_bundle, "--min-agreement", 0.5)
+    assert code == 2 and "--cases and --min-agreement need --compare OTHER" in err

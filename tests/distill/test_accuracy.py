@@ -29,7 +29,7 @@ def families(rows: list[dict[str, Any]]) -> None:
 def held_out(data: Path, reference: Path, limit: int = 100) -> HeldOut:
     processing = read_processing(reference / "student")
     tokenizer = open_tokenizer(processing.tokenizer, reference / "student")
-    return read_held_out(data, data.parent, limit, processing, tokenizer, 2048, 2)
+    return read_held_out(data, limit, processing, tokenizer, 2048, 2)
 
 
 def test_an_answer_is_right_when_greedy_decoding_would_write_it(student: MobileVlm, reference: Path) -> None:

@@ -14,7 +14,9 @@ from bundle.errors import UsageError
 from bundle.image import open_image, preprocess
 from bundle.prompt import TEMPLATES, build_prompt
 from bundle.tokenizer import Tokenizer, open_tokenizer
-from distill.data import Collator, ImageStore, LengthGroupedOrder, LlavaDataset, encode_row
+from distill.batch_order import LengthGroupedOrder
+from distill.data import Collator, ImageStore, LlavaDataset, encode_row
+from distill.image_store import BadImageError
 from distill.models.processing import Processing, read_processing
 from distill.rows import parse_row, read_rows
 
@@ -147,7 +149,8 @@ BAD_ROWS: dict[str, tuple[Callable[[Any], object], str]] = {
     "no object": (lambda rows: rows.insert(2, "text"), "row 2 is a JSON str"),
     "no conversations": (lambda rows: rows[1].pop("conversations"), "row 1: 'conversations' must be a list"),
     "one message": (lambda rows: rows[1]["conversations"].pop(), "row 1: 'conversations' must be a list"),
-    "speaker": (said(3, 0, **{"from": "system"}), 'row 3 message 0 must be {"from": "human"'),
+    "speaker": (said(3, 0, **{"from": "bot"}), 'row 3 message 0 must be {"from": "human"'),
+    "system": (said(3, 0, **{"from": "system"}), "row 3 message 0 is a system message"),
     "value": (said(3, 1, value=7), 'row 3 message 1 must be {"from": "gpt"'),
     "empty answer": (said(0, 1, value=" "), "row 0 message 1: the answer is empty"),
     "no marker": (said(0, 0, value="Hm?"), "row 0: an image and 0 '<image>' markers"),
@@ -168,11 +171,13 @@ def test_a_bad_row_is_named(make_data: MakeData, change: Callable[[Any], object]
     assert str(data) in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("text,message", [("{}", "holds a JSON dict"), ("[]", "an empty list"), ("{", "is not JSON")])
+@pytest.mark.parametrize(
+    "text,message", [("{}", "row 0 is {}"), ("[]", "holds no row"), ("5", "is not JSON, parquet or tar")]
+)
 def test_a_file_of_the_wrong_shape_says_what_is_expected(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "train.json"
     path.write_text(text)
-    with pytest.raises(UsageError, match=f"{message}.*give a JSON list of"):
+    with pytest.raises(UsageError, match=f"{message}; give LLaVA rows .* Hugging Face rows .* tar shards"):
         read_rows(path, tmp_path)
 
 
@@ -188,13 +193,13 @@ def test_a_corrupt_image_names_its_row(make_data: MakeData, processing: Processi
     data = make_data()
     (data.parent / "images" / "3.png").write_bytes(b"no picture")
     row = read_rows(data, data.parent)[3]
-    with pytest.raises(UsageError, match=r"row 3: image .*3\.png is no picture"):
+    with pytest.raises(BadImageError, match=r"row 3: image .*3\.png is no picture"):
         ImageStore(processing.image, 0).pixels(row)
 
 
 def test_the_data_file_survives_a_round_trip(make_data: MakeData) -> None:
     data = make_data()
-    before = read_rows(data, data.parent)
+    before = list(read_rows(data, data.parent))
     data.write_text(json.dumps(json.loads(data.read_text()), indent=3))
-    assert read_rows(data, data.parent) == before
+    assert list(read_rows(data, data.parent)) == before
     assert [row.number for row in before if row.image is None] == [1, 4]

@@ -12,7 +12,9 @@ from PIL import Image
 
 from bundle.errors import UsageError
 from distill.data_cli import main
-from distill.doctor import DataReport, LengthRule, check_data, checkpoint_tokens, counts
+from distill.doctor import check_data
+from distill.findings import DataReport
+from distill.row_check import LengthRule
 from distill.rows import parse_row
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
@@ -109,7 +111,7 @@ def test_a_planted_fault_is_named(name: str, folder: Path, tmp_path_factory: pyt
 def test_every_fault_of_a_row_is_named_not_only_the_first(folder: Path) -> None:
     bad = {"id": "x", "image": "gone.png", "conversations": talk(("gpt", "<image><image>"), ("human", ""))}
     report = check(folder, [bad])
-    assert sorted(counts(report.faults)) == ["empty-answer", "image-marker", "image-missing", "roles"]
+    assert sorted(report.all_faults.by_kind()) == ["empty-answer", "image-marker", "image-missing", "roles"]
     assert report.faulty_rows == 1
 
 
@@ -150,10 +152,9 @@ def test_lengths_with_a_checkpoint_are_those_of_training(folder: Path) -> None:
     tokenizer = open_tokenizer(processing.tokenizer, REFERENCE / "student")
     parsed = parse_row(row(), 0, folder / "train.json", folder)
     expected = len(encode_row(parsed, processing, tokenizer)[0]) - 1 + 144
-    tokens = checkpoint_tokens(REFERENCE / "student")
-    exact = check(folder, [row()], LengthRule(expected, 144, tokens))
+    exact = check(folder, [row()], LengthRule(expected, 144, REFERENCE / "student"))
     assert (exact.longest, exact.exact_lengths, exact.faults) == (expected, True, [])
-    (fault,) = check(folder, [row()], LengthRule(expected - 1, 144, tokens)).faults
+    (fault,) = check(folder, [row()], LengthRule(expected - 1, 144, REFERENCE / "student")).faults
     assert fault.message == f"takes {expected} positions, 144 of them for its image; the model has {expected - 1}"
     assert check(folder, [row()]).longest < expected  # words are never more than tokens
 
@@ -203,7 +204,7 @@ def test_a_long_list_is_cut_and_says_so(
 
 @pytest.mark.parametrize(
     "content,message",
-    [("{", "is not JSON"), ("{}", "holds a JSON dict"), ("[]", "holds an empty list"), (b"\xff", "is not JSON")],
+    [("{", "is not JSON"), ("{}", "row 0 is {}"), ("[]", "holds no row"), (b"\xff", "is not JSON")],
 )
 def test_a_file_of_the_wrong_shape_is_one_line_and_code_2(
     content: str | bytes,

@@ -17,6 +17,7 @@ import torch
 
 from bundle.errors import UsageError, VerificationError
 from bundle.manifest import Graph, GraphName, Manifest, Precision, Tensor
+from bundle.replay import relative_error
 from bundle.runtimes import coreml, coreml_interpreter
 from bundle.runtimes.coreml import CoreMlRuntime
 from bundle.runtimes.coreml_inputs import causal_mask
@@ -24,7 +25,6 @@ from bundle.runtimes.coreml_interpreter import CoreMlInterpreter
 from bundle.runtimes.mil_graph import block_of
 from bundle.runtimes.mil_program import Program, Rounding
 from bundle.runtimes.mil_proto import read_spec
-from bundle.verify import relative_error
 from distill.models.mobilevlm import MobileVlm
 from export.contract import ExportedGraphs, ExportRequest
 from export.coreml_checks import Budget, check_package

@@ -20,9 +20,9 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from bundle.errors import UsageError
 from bundle.manifest import Precision
+from bundle.replay import relative_error
 from bundle.runtimes import executorch as engine
 from bundle.runtimes.contract import Runtime
-from bundle.verify import relative_error
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from export.contract import ExportedGraphs, ExportRequest
 from export.executorch_modules import TextDecoder, VisionEncoder, weight_sharing_copy

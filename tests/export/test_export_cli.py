@@ -133,7 +133,8 @@ def test_projector_without_an_exporter(run_export: Command, tmp_path: Path) -> N
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "torch"])
 def test_missing_extra(run_export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "export.frame", raising=False)
+    for module in ("export.frame", "export.recording"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     line = refused(run_export, tmp_path / "out", STUDENT, "--target", "onnx", code=2)
     assert f"'{package}'" in line and "pip install 'alignkd[onnx]'" in line
 
@@ -143,7 +144,8 @@ def test_a_wrong_graph_fails_the_export_and_names_the_stage(
 ) -> None:
     monkeypatch.setitem(onnx_vision.ACTIVATIONS, "quick_gelu", ("QuickGelu", {"alpha": 1.0}))
     line = refused(run_export, tmp_path / "out", STUDENT, "--target", "onnx", "--int4", code=3)
-    assert "stage 'visual_tokens' is off by" in line and "was not written" in line
+    assert "stage 'visual_tokens', kind graph: " in line and "times the tolerance" in line
+    assert "look at the tower's activation" in line and "was not written" in line
 
 
 def test_wrongly_packed_weights_fail_the_export_and_are_named(

@@ -11,9 +11,9 @@ import torch
 
 from bundle.errors import UsageError
 from bundle.manifest import Precision
+from bundle.replay import relative_error
 from bundle.runtimes.contract import Runtime
 from bundle.runtimes.onnx import open_runtime
-from bundle.verify import relative_error
 from distill.models.mobilevlm import MobileVlm
 from export.contract import ExportRequest
 from export.shape import model_shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bundle.verify import relative_error
+from bundle.replay import relative_error
 from export.onnx_weights import Packed, block_size_of, pack, unpack
 
 

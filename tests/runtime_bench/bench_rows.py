@@ -52,7 +52,14 @@ def manifest_of(vocab_size: int, **more: object) -> Manifest:
         "image": IMAGE,
         "prompt": TEMPLATES["v1"],
         "tokenizer": TOKENIZER,
-        "golden": Golden(vectors="golden/none", cases="golden/none", tolerances={}),
+        "golden": Golden(
+            cases="golden/none",
+            vectors={},
+            constants="golden/none",
+            activation_error={},
+            tolerances={},
+            quantization_tolerances={},
+        ),
         "files": {},
     }
     return Manifest.model_validate({**fields, **more})

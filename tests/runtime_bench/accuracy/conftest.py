@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from bundle.manifest import (
-    STAGES,
     Golden,
     Graph,
     GraphQuantization,
@@ -145,7 +144,14 @@ def bundle_folder(tmp_path: Path) -> Path:
         image=ImageSpec(size=SIZE, strategy="pad", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
         prompt=TEMPLATES["v1"],
         tokenizer=TokenizerSpec(kind="sentencepiece", path="tokenizer.model", bos_id=1, eos_ids=(EOS,), pad_id=0),
-        golden=Golden(vectors="vectors.bin", cases="cases.bin", tolerances=dict.fromkeys(STAGES, 0.0)),
+        golden=Golden(
+            cases="cases.bin",
+            vectors={},
+            constants="constants.bin",
+            activation_error={},
+            tolerances={},
+            quantization_tolerances={},
+        ),
         files={},
     )
     write_manifest(folder, manifest.model_copy(update={"files": file_records(folder)}))

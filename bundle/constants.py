@@ -1,0 +1,128 @@
+"""Graph files of a bundle -> a digest of every constant in them, so that a changed weight is told from a changed graph.
+
+Written to golden/constants.json when the vectors are recorded. Names are the file's own: ONNX initializers, constants
+of an ML program, keys of a .pte's named data (ExecuTorch makes them of the contents), places in its constant segment.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bundle.errors import UsageError, missing_extra
+from bundle.manifest import GraphName, Manifest, Target
+from bundle.staging import inside, write_text_whole
+
+CONSTANTS_FILE = "golden/constants.json"
+DIGEST_CHARACTERS = 16
+Digests = dict[str, str]
+# Tables of the rotary embedding by their exporters' names; a .pte does not keep names.
+TABLES = ("rotary_", "cos", "sin")
+
+
+def record_constants(bundle: Path, manifest: Manifest) -> None:
+    """Write the digests of the bundle under construction."""
+    digests = {name: constant_digests(bundle, manifest, name) for name in manifest.graphs}
+    write_text_whole(bundle / CONSTANTS_FILE, json.dumps(digests, indent=0, sort_keys=True) + "\n")
+
+
+def changed_constants(bundle: Path, manifest: Manifest, graph: GraphName) -> list[str]:
+    """Names of the graph's constants that are not those with which the vectors were recorded.
+
+    Raises:
+        UsageError: the record cannot be read, or the package that reads the target's files is not installed.
+    """
+    path = inside(bundle, manifest.golden.constants, "golden path")
+    try:
+        recorded: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))[graph]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path} holds no digests of '{graph}' ({error}); export the bundle again") from error
+    found = constant_digests(bundle, manifest, graph)
+    return sorted(name for name in {*recorded, *found} if recorded.get(name) != found.get(name))
+
+
+def constant_digests(bundle: Path, manifest: Manifest, graph: GraphName) -> Digests:
+    """Name -> digest of every constant of one graph (of a .pte: of the whole file).
+
+    Raises:
+        UsageError: the package that reads the target's files is not installed.
+    """
+    path = inside(bundle, manifest.graphs[graph].path, "graph path")
+    return {name: _digest(part) for name, part in READERS[manifest.target](path)}
+
+
+def _digest(part: Any) -> str:
+    return sha256(part).hexdigest()[:DIGEST_CHARACTERS]
+
+
+def _onnx(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        onnx = import_module("onnx")
+    except ModuleNotFoundError as error:
+        raise missing_extra("onnx", "onnx") from error
+    for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if not place:
+            yield tensor.name, onnx.numpy_helper.to_array(tensor).tobytes()
+            continue
+        data = inside(path.parent, place["location"], "external data")
+        yield tensor.name, np.memmap(data, np.uint8, "r", int(place["offset"]), (int(place["length"]),))
+
+
+def _coreml(path: Path) -> Iterator[tuple[str, Any]]:
+    from bundle.runtimes.mil_graph import block_of
+    from bundle.runtimes.mil_proto import read_spec, weight_path
+    from bundle.runtimes.mil_weights import WeightFile
+
+    weights = WeightFile(weight_path(path))
+    for operation in block_of(read_spec(path)).operations:
+        values = [*operation.attributes.items()] if operation.type == "const" else []
+        values += [
+            (name, argument.arguments[0].value)
+            for name, argument in operation.inputs.items()
+            if argument.arguments and argument.arguments[0].WhichOneof("binding") == "value"
+        ]
+        for name, value in values:
+            if value.WhichOneof("value") == "blobFileValue":
+                key = operation.outputs[0].name if name == "val" else f"{operation.outputs[0].name}.{name}"
+                yield key, np.ascontiguousarray(weights.blob(int(value.blobFileValue.offset)))
+
+
+def _executorch(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        program_of = import_module("executorch.exir._serialize._flatbuffer_program")._flatbuffer_to_program
+        header_of = import_module("executorch.exir._serialize._program")._get_extended_header
+    except ModuleNotFoundError as error:
+        raise missing_extra((error.name or "executorch").split(".")[0], "executorch") from error
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        header = header_of(whole[:64])
+        program = program_of(whole[: header.program_size])
+
+        def segment(index: int) -> tuple[int, int]:
+            start = header.segment_base_offset + program.segments[index].offset
+            return start, start + program.segments[index].size
+
+        for entry in program.named_data:
+            start, end = segment(entry.segment_index)
+            yield entry.key, whole[start:end]
+        shared = program.constant_segment
+        if shared is None or not shared.offsets:
+            return
+        start, end = segment(shared.segment_index)
+        bounds = [start + offset for offset in shared.offsets] + [end]
+        for index, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            yield f"constant_segment.{index}", whole[first:last]
+
+
+READERS: dict[Target, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    "onnx": _onnx,
+    "executorch": _executorch,
+    "coreml": _coreml,
+}

@@ -1,0 +1,127 @@
+"""The ladder on ML programs, evaluated here: healthy ones pass, each planted fault is named by stage and kind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bundle.errors import VerificationError
+from bundle.manifest import Manifest
+from bundle.runtimes import coreml_interpreter
+from bundle.runtimes.mil_graph import block_of
+from bundle.runtimes.mil_proto import DATA_FOLDER, MODEL_FILE, read_spec, weight_path
+from bundle.runtimes.mil_weights import BLOB_METADATA
+from export.contract import ExportedGraphs
+from tests.export import ladder
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportedGraphs]:
+    """The tiny model at int4, written once; read it, never change it."""
+    folder = tmp_path_factory.mktemp("coreml")
+    return folder, ladder.written("coreml", "int4", folder)
+
+
+@pytest.fixture
+def copied(graphs: tuple[Path, ExportedGraphs], tmp_path: Path) -> tuple[Path, Manifest]:
+    """A recorded bundle that may be changed."""
+    shutil.copytree(graphs[0], tmp_path / "copy")
+    return tmp_path / "copy", ladder.recorded(tmp_path / "copy", "coreml", "int4", graphs[1])
+
+
+def test_a_healthy_bundle_raises_no_alarm(copied: tuple[Path, Manifest]) -> None:
+    verdict = ladder.judged(*copied)
+    assert ladder.found(verdict) is None and verdict.family == "evaluator"
+    first = next(row for row in verdict.stages if row.stage == "first_logits")
+    assert first.error < 2e-3 < first.quantization_error, "what is lost is lost by the weights"
+
+
+@pytest.mark.parametrize("fault", ladder.MODELS)
+def test_a_graph_that_computes_something_else(fault: str, graphs: tuple[Path, ExportedGraphs], tmp_path: Path) -> None:
+    wrong, stage = ladder.MODELS[fault]
+    shutil.copytree(graphs[0], tmp_path / "copy")
+    manifest = ladder.recorded(tmp_path / "copy", "coreml", "int4", graphs[1], wrong(ladder.tiny_vlm()))
+    assert ladder.found(ladder.judged(tmp_path / "copy", manifest)) == (stage, "graph")
+
+
+@pytest.mark.parametrize("fault", ladder.DRIVERS)
+def test_a_graph_that_is_driven_wrongly(fault: str, copied: tuple[Path, Manifest]) -> None:
+    spoil, stage = ladder.DRIVERS[fault]
+    assert ladder.found(ladder.judged(*copied, spoil)) == (stage, "graph")
+
+
+def test_a_mask_that_hides_the_first_rows(copied: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    causal = coreml_interpreter.causal_mask
+
+    def hiding(position: int, rows: int) -> np.ndarray:
+        mask = causal(position, rows).copy()  # [1, 1, rows, position + rows]
+        mask[..., 4:, :4] = -1e4
+        return mask
+
+    monkeypatch.setattr(coreml_interpreter, "causal_mask", hiding)
+    assert ladder.found(ladder.judged(*copied)) == ("first_logits", "graph")
+
+
+@pytest.mark.parametrize("fault", ladder.WEIGHTS)
+def test_weights_that_were_packed_wrongly_are_named(
+    fault: str, graphs: tuple[Path, ExportedGraphs], tmp_path: Path
+) -> None:
+    name, spoil, stage = ladder.WEIGHTS[fault]
+    stored = dict(graphs[1].dequantized)
+    stored[name] = spoil(stored[name])
+    with pytest.raises(VerificationError) as refused:
+        ladder.recorded(tmp_path, "coreml", "int4", graphs[1], dequantized=stored)
+    assert f"stage '{stage}', kind quantization" in str(refused.value) and f"'{name}'" in str(refused.value)
+
+
+def blob(package: Path, prefix: str, dtype: type[np.generic], parameter: str = "val") -> np.memmap:
+    """The stored numbers of the first constant whose name begins so, to be overwritten."""
+    for operation in block_of(read_spec(package)).operations:
+        if not operation.outputs or not operation.outputs[0].name.startswith(prefix):
+            continue
+        value = operation.attributes["val"] if parameter == "val" else operation.inputs[parameter].arguments[0].value
+        path, offset = weight_path(package), int(value.blobFileValue.offset)
+        _, _, size, start, _ = BLOB_METADATA.unpack(path.read_bytes()[offset : offset + BLOB_METADATA.size])
+        return np.memmap(path, dtype, "r+", start, (size // np.dtype(dtype).itemsize,))
+    raise AssertionError(f"no constant {prefix}")
+
+
+def decoder_of(copied: tuple[Path, Manifest]) -> Path:
+    return copied[0] / copied[1].graphs["text_decoder"].path
+
+
+def test_one_altered_block_scale_in_the_file(copied: tuple[Path, Manifest]) -> None:
+    scales = blob(decoder_of(copied), "language_model_layers_0_mlp_down_proj_weight", np.float16, "scale")
+    scales[0] *= 32
+    scales.flush()
+    verdict = ladder.judged(*copied)
+    assert ladder.found(verdict) == ("first_logits", "quantization")
+    assert "language_model_layers_0_mlp_down_proj_weight_to_fp16_quantized.scale" in str(verdict.diagnosis)
+
+
+@pytest.mark.parametrize("levels", [7, 127])
+def test_a_quantized_rotary_table_is_the_graphs(levels: int, copied: tuple[Path, Manifest]) -> None:
+    for name in ("cos_to_fp16", "sin_to_fp16"):
+        table = blob(decoder_of(copied), name, np.float16)
+        table[:] = np.round(table * levels) / levels
+        table.flush()
+    assert ladder.found(ladder.judged(*copied)) == ("first_logits", "graph")
+
+
+def test_swapped_key_and_value_states(copied: tuple[Path, Manifest]) -> None:
+    package = decoder_of(copied)
+    spec, other = read_spec(package), {"k_cache": "v_cache", "v_cache": "k_cache"}
+    swapped = 0
+    for operation in block_of(spec).operations:
+        if operation.type == "read_state":  # what attention reads; writes stay where they were
+            binding = operation.inputs["input"].arguments[0]
+            binding.name = other[binding.name]
+            swapped += 1
+    assert swapped
+    (package / DATA_FOLDER / MODEL_FILE).write_bytes(spec.SerializeToString())
+    verdict = ladder.judged(*copied)
+    assert verdict.diagnosis is not None and verdict.diagnosis.kind == "graph"
+    assert verdict.diagnosis.stage in ("first_logits", "greedy_tokens")
