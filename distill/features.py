@@ -26,7 +26,8 @@ def known_features(
     """
     config = module.student.config
     by_path = {row.image: row for row in rows if row.image is not None}
-    bytes_each = config.patch_grid**2 * config.vision_config.hidden_size * 4
+    positions, width = config.feature_shape
+    bytes_each = positions * width * 4
     if not module.freeze_tower or not (module.teacher is None or module.shares_tower):
         return None
     if len(by_path) * bytes_each > budget_bytes:

@@ -10,7 +10,7 @@ from bundle.errors import UsageError
 from bundle.manifest import ImageSpec, PromptSpec, TokenizerSpec
 from bundle.prompt import TEMPLATES
 from bundle.tokenizer import open_tokenizer
-from distill.models.checkpoint import PUBLISHED_ARCHITECTURE, read_json, tower_directory
+from distill.models.checkpoint import PUBLISHED_ARCHITECTURES, read_json, tower_directory
 
 PILLOW_BICUBIC = 3
 TOKENIZER_FILE = "tokenizer.model"
@@ -36,7 +36,7 @@ def read_processing(checkpoint: str | Path) -> Processing:
     """
     folder = Path(checkpoint)
     config = read_json(folder / "config.json", folder)
-    published = (config.get("architectures") or [""])[0] == PUBLISHED_ARCHITECTURE
+    published = (config.get("architectures") or [""])[0] in PUBLISHED_ARCHITECTURES
     text = config if published else config.get("text_config", {})
     tokenizer = _tokenizer_spec(folder, text)
     path = folder / TOKENIZER_FILE
