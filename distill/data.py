@@ -15,6 +15,7 @@ from bundle.image import open_image, preprocess
 from bundle.manifest import ImageSpec
 from bundle.prompt import build_prompt, encode_pieces
 from bundle.tokenizer import Tokenizer
+from distill.chat_rows import encode_chat
 from distill.models.processing import Processing
 from distill.rows import Row, Turn
 
@@ -36,6 +37,8 @@ def encode_row(row: Row, processing: Processing, tokenizer: Tokenizer) -> tuple[
 
     The first question is encoded by the function that encodes questions at inference, so both see the same ids.
     """
+    if processing.turns is not None:
+        return encode_chat(row, processing, processing.turns, tokenizer)
     template, spec = processing.prompt.template, processing.tokenizer
     ids: list[int] = []
     labels: list[int] = []
@@ -136,12 +139,14 @@ class Collator:
     """Examples -> a right-padded batch; images in reading order, as tower features where these are known already.
 
     Attributes:
+        teacher_images: the same pictures as the teacher wants them, where it wants them differently.
         features: image path -> tower features [P, D_v]; when not None it holds every image of the data set.
     """
 
     pad_id: int
     images: ImageStore
     features: dict[Path, torch.Tensor] | None = None
+    teacher_images: ImageStore | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v].
@@ -166,6 +171,8 @@ class Collator:
                 batch["image_features"] = torch.stack(known or [torch.zeros_like(next(iter(self.features.values())))])
         else:
             batch["pixel_values"] = torch.stack([self.images.pixels(row) for row in rows] or [self.images.blank()])
+        if self.teacher_images is not None and rows:
+            batch["teacher_pixel_values"] = torch.stack([self.teacher_images.pixels(row) for row in rows])
         return batch
 
 

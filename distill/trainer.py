@@ -19,7 +19,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from bundle.errors import UsageError
 from bundle.staging import refuse_existing, sha256_of, write_text_whole
 from bundle.tokenizer import open_tokenizer
 from distill.align_kd import AlignKD, TermSettings
@@ -31,6 +30,7 @@ from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
+from distill.pairing import Side, check_pair
 from distill.progress import ProgressLine
 from distill.rows import read_rows
 from distill.work_folder import SETTINGS_FILE, check_output, kept_if_resumable, last_checkpoint, settings_of
@@ -52,7 +52,8 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
     rows = read_rows(config.data, config.image_folder)
     console.print(f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image")
     student, processing = load_vlm(config.student), read_processing(config.student)
-    teacher = _open_teacher(config, student, processing, console)
+    teacher, theirs = _open_teacher(config, student, processing, console)
+    same_pictures = theirs.image == processing.image
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
@@ -64,9 +65,12 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
         config.freeze_tower,
         config.learned_balance,
         config.seed,
+        same_pictures,
     )
-    images = ImageStore(processing.image, config.cache_mb << 20)
-    collator = Collator(processing.tokenizer.pad_id, images)
+    budget = (config.cache_mb << 20) // (1 if same_pictures else 2)
+    images = ImageStore(processing.image, budget)
+    teacher_images = None if same_pictures else ImageStore(theirs.image, budget)
+    collator = Collator(processing.tokenizer.pad_id, images, teacher_images=teacher_images)
     with kept_if_resumable(config.work, console):
         trainer = DistillTrainer(module, config, dataset, collator, console)
         begun = time.monotonic()
@@ -223,28 +227,18 @@ def _arguments(config: DistillConfig) -> TrainingArguments:
 
 def _open_teacher(
     config: DistillConfig, student: MobileVlm, processing: Processing, console: Console
-) -> MobileVlm | None:
+) -> tuple[MobileVlm | None, Processing]:
+    """The teacher, or None when no term needs one, and its processing, or the student's."""
     if not config.needs_teacher or config.teacher is None:
         if config.teacher is not None:
             console.print(f"teacher {config.teacher} is not opened: no loss term with a weight needs it")
-        return None
+        return None, processing
     teacher, theirs = load_vlm(config.teacher), read_processing(config.teacher)
-    sizes = (student.config.text_config.vocab_size, teacher.config.text_config.vocab_size)
-    if sizes[0] != sizes[1] or sha256_of(processing.tokenizer_path) != sha256_of(theirs.tokenizer_path):
-        raise UsageError(
-            f"student {config.student} and teacher {config.teacher} have different vocabularies ({sizes[0]} and "
-            f"{sizes[1]} tokens, different tokenizer.model); distillation needs one vocabulary: choose another "
-            "student, or train it without a teacher: --losses ce"
-        )
-    if processing.image != theirs.image or student.config.visual_tokens != teacher.config.visual_tokens:
-        raise UsageError(
-            f"student {config.student} and teacher {config.teacher} see images differently "
-            f"({processing.image.size} px {processing.image.strategy}, {student.config.visual_tokens} visual tokens; "
-            f"{theirs.image.size} px {theirs.image.strategy}, {teacher.config.visual_tokens}); "
-            "choose a pair that agrees"
-        )
+    pair = Side.of(config.student, student, processing), Side.of(config.teacher, teacher, theirs)
+    for note in check_pair(*pair, config.term_weights, config.mask):
+        console.print(note)
     console.print(f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen")
-    return teacher
+    return teacher, theirs
 
 
 def _finish(trainer: DistillTrainer, config: DistillConfig, processing: Processing, rows: int, seconds: float) -> None:

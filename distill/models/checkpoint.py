@@ -1,4 +1,4 @@
-"""Checkpoint directory (ours, the published mtgv layout, or Hugging Face LLaVA) -> MobileVlm; safetensors only, no code."""
+"""Checkpoint directory (ours, MobileVLM's as published, Hugging Face LLaVA) -> MobileVlm; safetensors only, no code."""
 
 from __future__ import annotations
 
