@@ -116,6 +116,8 @@ class AlignKD(nn.Module):
         for parameter in unused_tower_parameters(student):
             parameter.requires_grad_(False)
         self.weights, self.settings = dict(weights), settings or TermSettings()
+        if student.config.text_config.tie_word_embeddings:  # safetensors keeps no tensor twice
+            self.register_state_dict_post_hook(_without_tied_head)
         self.freeze_tower = freeze_tower
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
         may_share = teacher is not None and freeze_tower and same_pictures
@@ -340,3 +342,7 @@ class AlignKD(nn.Module):
             mapped = self.visual_map(theirs)  # [n, N, D_S]
             terms["published_focus"] = published_focus(ours, mapped, vlm, teacher, self.settings.top_k)
         return terms
+
+
+def _without_tied_head(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: object) -> None:
+    state.pop(f"{prefix}student.lm_head.weight", None)

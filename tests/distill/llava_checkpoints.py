@@ -40,3 +40,73 @@ def write_llava(folder: Path, model: LlavaForConditionalGeneration, **options: A
     """Save it as transformers does."""
     model.save_pretrained(folder, **options)
     return folder
+
+
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}"
+    "{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+WORDS = (
+    "what colour is the circle how many are there red a green square blue three user assistant USER ASSISTANT : ? . \n"
+)
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<image>")
+
+
+def write_tokens(folder: Path, chat: str, words: str = WORDS, begins: bool = True) -> int:
+    """A LLaMA-like tokenizer.json with its template, by transformers; returns the image token's id."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.train_from_iterator(words.split(" "), trainers.BpeTrainer(vocab_size=90, special_tokens=list(SPECIAL)))
+    if begins:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    end = "</s>" if chat == VICUNA else "<|im_end|>"
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>" if begins else None, eos_token=end, pad_token="<pad>",
+        unk_token="<unk>", chat_template=chat,
+    )  # fmt: skip
+    fast.save_pretrained(folder)
+    return SPECIAL.index("<image>")
+
+
+def write_images(folder: Path, kind: str, size: int = 24, **changes: Any) -> None:
+    """preprocessor_config.json of a CLIP, LLaVA or SigLIP image processor."""
+    import json
+
+    sizes: dict[str, Any] = {"size": {"height": size, "width": size}}
+    if kind != "SiglipImageProcessor":
+        sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}, "do_center_crop": True}
+    fields = {
+        "image_processor_type": kind, "do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3,
+        "rescale_factor": 1 / 255, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.3, 0.2],
+    } | sizes | ({"do_pad": True} if kind == "LlavaImageProcessor" else {}) | changes  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+
+
+def write_whole(
+    folder: Path, text: str = "llama", tower: str = "clip_vision_model", chat: str = VICUNA, words: str = WORDS,
+    **changes: Any,
+) -> LlavaForConditionalGeneration:  # fmt: skip
+    """A checkpoint with all its files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    image_id = write_tokens(folder, chat, words, begins=text == "llama")
+    model = make_llava(text, tower, image_token_index=image_id, **changes)
+    write_llava(folder, model)
+    (folder / "generation_config.json").unlink()
+    write_images(folder, "CLIPImageProcessor" if tower.startswith("clip") else "SiglipImageProcessor")
+    return model

@@ -13,9 +13,10 @@ from transformers import LlavaForConditionalGeneration
 
 from bundle.errors import UsageError
 from distill.models import load_vlm
+from distill.models.generation import answers
 from distill.models.mobilevlm import MobileVlm
 from distill.models.roles import attention_rows, look, tower_hash, unused_tower_parameters
-from llava_checkpoints import IMAGE_ID, KINDS, make_llava, write_llava
+from tests.distill.llava_checkpoints import IMAGE_ID, KINDS, make_llava, write_llava
 
 SIZE = 24
 
@@ -124,6 +125,33 @@ def test_attention_of_any_layer_is_that_of_transformers(
             torch.testing.assert_close(got[0], wanted[layer][0, :, :20], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def by_whole_passes(vlm: MobileVlm, ids: torch.Tensor, pixels: torch.Tensor | None, steps: int) -> list[int]:
+    """Greedy without a cache: the whole sequence again for every token."""
+    said: list[int] = []
+    for _ in range(steps):
+        row = torch.cat([ids, torch.tensor([said], dtype=torch.long)], 1)
+        said.append(int(vlm.logits(row, None, pixels)[0, -1].argmax()))
+    return said
+
+
+@pytest.mark.parametrize(("text", "tower"), KINDS)
+def test_generation_with_a_cache_one_by_one_and_together(
+    text: str, tower: str, tmp_path: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    vlm = load_vlm(write_llava(tmp_path / "m", make_llava(text, tower)))
+    images = (slice(0, 2), None, slice(2, 3))
+    wanted = []
+    for row, mask, image in zip(batch["input_ids"], batch["attention_mask"], images, strict=True):
+        ids, pixels = row[mask.bool()][None], None if image is None else batch["pixel_values"][image]
+        wanted.append(by_whole_passes(vlm, ids, pixels, 6))
+        assert vlm.greedy(ids, pixels, 6) == wanted[-1]
+    assert answers(vlm, **batch, max_new_tokens=6) == wanted
+    stop = wanted[0][2]
+    cut = [said[: said.index(stop) + 1] if stop in said else said for said in wanted]
+    assert answers(vlm, **batch, max_new_tokens=6, eos_ids=(stop,)) == cut
+
+
 def test_every_way_of_naming_is_read(tmp_path: Path, batch: dict[str, torch.Tensor]) -> None:
     theirs = make_llava("qwen2", "clip_vision_model")
     write_llava(tmp_path / "old", theirs)
@@ -171,8 +199,8 @@ def test_towers_that_are_read_differently_have_different_hashes(tmp_path: Path) 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"architectures": ["LlavaNextForConditionalGeneration"]},
      "'LlavaNextForConditionalGeneration' is not supported; supported: MobileVlm, .*nearest is LlavaForConditional"),
-    ({"text_config": {"model_type": "mistral"}}, "text_config model_type 'mistral' is not supported; supported: llama, q"),
-    ({"vision_config": {"model_type": "pixtral"}}, "vision_config model_type 'pixtral' is not supported; supported: clip_"),
+    ({"text_config": {"model_type": "mistral"}}, "model_type 'mistral' is not supported; supported: llama, qwen2"),
+    ({"vision_config": {"model_type": "pixtral"}}, "model_type 'pixtral' is not supported; supported: clip_vision"),
     ({"vision_feature_layer": -9}, "describes no model"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
