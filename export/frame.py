@@ -43,6 +43,7 @@ from export.tolerances import ACTIVATIONS, stage_tolerances
 # and a 1.7B model's float32 cache stays at 0.4 GB.
 DEFAULT_CONTEXT = 1024
 TOKENIZER_FILE = "tokenizer.model"
+EXPORTED_KINDS = ("llama", "clip_vision_model", "sentencepiece")  # decoder, tower, tokenizer
 # Rounding can move a weight matrix by this much (relative L2) when its values are spread as badly as they can be;
 # normal weights move by 0.1 (int4), 0.01 (int8) and 3e-4 (fp16), a matrix packed in a wrong order by 1.4.
 WEIGHT_ERROR_LIMITS: dict[Precision, float] = {"int4": 0.4, "int8": 0.2, "fp16": 0.01, "fp32": 0.01}
@@ -74,6 +75,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     vlm = load_vlm(job.checkpoint)
     _check_image_size(job.checkpoint, vlm, processing)
     _check_projector(job.checkpoint, vlm)
+    _check_parts(job.checkpoint, vlm, processing)
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
     context_length = _context_length(job, vlm, questions)
     progress(f"checkpoint {job.checkpoint} loaded")
@@ -85,7 +87,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 context_length=context_length,
                 tokenizer_path=processing.tokenizer_path,
                 eos_ids=processing.tokenizer.eos_ids,
-                bos_id=processing.tokenizer.bos_id,
+                bos_id=_bos_id(processing),
                 output=folder,
                 progress=progress,
             )
@@ -118,6 +120,20 @@ def _check_projector(checkpoint: Path, vlm: MobileVlm) -> None:
             f"{checkpoint}: projector '{projector}' can be trained but not exported yet; exported is {LDP_V2}; distil "
             "into such a student first: alignkd-distill --help"
         )
+
+
+def _check_parts(checkpoint: Path, vlm: MobileVlm, processing: Processing) -> None:
+    kinds = (vlm.config.text_config.model_type, vlm.config.vision_config.model_type, processing.tokenizer.kind)
+    if kinds != EXPORTED_KINDS:
+        raise UsageError(
+            f"{checkpoint}: a model of {', '.join(kinds)} can be trained but not exported yet; exported is "
+            f"{', '.join(EXPORTED_KINDS)}"
+        )
+
+
+def _bos_id(processing: Processing) -> int:
+    assert processing.tokenizer.bos_id is not None  # a sentencepiece tokenizer has one
+    return processing.tokenizer.bos_id
 
 
 def _context_length(job: ExportJob, vlm: MobileVlm, questions: Sequence[Probe]) -> int:

@@ -173,9 +173,8 @@ def _open_llava(folder: Path, raw: dict[str, Any]) -> tuple[MobileVlmConfig, dic
 
 def _open_published(folder: Path, config: dict[str, Any]) -> tuple[MobileVlmConfig, dict[str, StoredTensor]]:
     projector = str(config.get("mm_projector_type"))
-    names = _names(projector, folder)
     weights = {
-        _rename(name, names, folder): tensor
+        published_name(name, projector, folder): tensor
         for name, tensor in read_weights(folder).items()
         if not name.endswith(IGNORED_SUFFIXES)
     }
@@ -214,6 +213,15 @@ def _names(projector: str, folder: Path) -> dict[str, str]:
             raise UsageError(f"{folder}: mm_projector_type: {error}") from None
         inner = {f"{2 * number}.": f"linears.{number}." for number in range(depth)}  # GELUs take the odd numbers
     return {PUBLISHED_PROJECTOR + theirs: OUR_PROJECTOR + ours for theirs, ours in inner.items()} | PUBLISHED_NAMES
+
+
+def published_name(name: str, projector: str, folder: Path) -> str:
+    """A tensor's name in the published layout -> ours.
+
+    Raises:
+        UsageError: the name is not part of that layout, or the projector is not known.
+    """
+    return _rename(name, _names(projector, folder), folder)
 
 
 def _rename(name: str, names: dict[str, str], folder: Path) -> str:
