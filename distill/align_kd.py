@@ -120,8 +120,8 @@ class AlignKD(nn.Module):
             self.register_state_dict_post_hook(_without_tied_head)
         self.freeze_tower = freeze_tower
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        may_share = teacher is not None and freeze_tower and same_pictures
-        self.shares_tower = may_share and teacher is not None and tower_hash(teacher) == tower_hash(student)
+        may_share = freeze_tower and same_pictures
+        self.shares_tower = teacher is not None and may_share and tower_hash(teacher) == tower_hash(student)
         self.head_map: nn.Conv2d | None = None
         self.visual_map: nn.Linear | None = None
         self.student_map: nn.Linear | None = None

@@ -139,8 +139,8 @@ class Collator:
     """Examples -> a right-padded batch; images in reading order, as tower features where these are known already.
 
     Attributes:
-        teacher_images: the same pictures as the teacher wants them, where it wants them differently.
         features: image path -> tower features [P, D_v]; when not None it holds every image of the data set.
+        teacher_images: the same pictures as the teacher wants them, where it wants them differently.
     """
 
     pad_id: int

@@ -28,7 +28,7 @@ from distill.models.create import create_student
 from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
 from distill.rows import Row, Turn
-from tests.distill.llava_checkpoints import CHATML, VICUNA, write_images, write_whole
+from tests.distill.llava_checkpoints import CHATML, VICUNA, make_llava, write_images, write_llava, write_whole
 
 PROCESSORS: dict[str, Any] = {
     "CLIPImageProcessor": CLIPImageProcessorPil,
@@ -147,6 +147,18 @@ def test_a_fresh_student_of_a_llava_is_a_llava(tmp_path: Path) -> None:
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "b")
     assert torch.equal(again.lm_head.weight, student.lm_head.weight)
     assert torch.equal(load_vlm(tmp_path / "b").lm_head.weight, student.lm_head.weight)
+
+
+def test_our_layout_holds_any_parts(reference: Path, tmp_path: Path) -> None:
+    changes = {"vocab_size": 512, "tie_word_embeddings": True}
+    model = make_llava("qwen2", "siglip_vision_model", text_changes=changes, multimodal_projector_bias=False)
+    vlm = load_vlm(write_llava(tmp_path / "a", model))
+    vlm.config.llava_names = None
+    save_checkpoint(vlm, tmp_path / "b", read_processing(reference / "student"))
+    again = load_vlm(tmp_path / "b")
+    given = (torch.tensor([[1, 110, 8, 9]]), None, torch.randn(1, 3, 24, 24))
+    assert torch.equal(vlm.logits(*given), again.logits(*given))
+    assert again.lm_head.weight is again.language_model.embed_tokens.weight
 
 
 def spoil_json(name: str, **changes: object) -> Callable[[Path], None]:

@@ -70,6 +70,16 @@ def test_a_pair_of_two_shapes_trains_every_term(folders: Path) -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_a_batch_of_text_alone_brings_a_blank_picture_for_the_student_only(folders: Path) -> None:
+    student, teacher = load_vlm(folders / "student"), load_vlm(folders / "teacher")
+    module = AlignKD(student, teacher, dict.fromkeys(TAUGHT, 1.0), same_pictures=False)
+    text = {name: value[1:2] for name, value in batch().items() if not name.endswith("pixel_values")}
+    terms = module(**text, pixel_values=torch.zeros(1, 3, 24, 24))
+    assert terms["reverse_kl"] > 0 and terms["visual"] == 0
+    module.total(terms).backward()
+    assert all(p.requires_grad == (p.grad is not None) for p in module.parameters())
+
+
 def test_a_deeper_student_learns_from_a_shallower_teacher(folders: Path) -> None:
     student, teacher = load_vlm(folders / "teacher"), load_vlm(folders / "student")
     given = batch(40, 24)
