@@ -87,12 +87,13 @@ class ImageSpec(Frozen):
 
 
 class PromptSpec(Frozen):
-    """Question -> prompt text: prefix + [image marker] + question + suffix, tokenised in pieces around the image."""
+    """Question -> prompt text: prefix + [image marker + after_image] + before_question + question + suffix."""
 
     template: Literal["v1", "plain", "chat"] = Field(description="chat: a checkpoint's own template, cut to pieces")
     prefix: str
     image_marker: str = "<image>"
     after_image: str = "\n"
+    before_question: str = ""
     suffix: str
 
 

@@ -57,7 +57,7 @@ def build_prompt(
         )
     refuse_special_names(question, tokenizer, "the question")
     image = spec.image_marker + spec.after_image if has_image else ""
-    text = f"{spec.prefix}{image}{question}{spec.suffix}"
+    text = f"{spec.prefix}{image}{spec.before_question}{question}{spec.suffix}"
     pieces = encode_pieces(text, tokenizer, tokenizer_spec.image_token_id, spec.image_marker)
     return Prompt(text, (*opening_ids(tokenizer_spec), *pieces))
 

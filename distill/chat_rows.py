@@ -31,7 +31,8 @@ def encode_chat(
         for said in (turn.question, turn.answer):
             refuse_special_names(said, tokenizer, f"row {row.number}: '{said[:40]}'")
         image = prompt.image_marker + prompt.after_image if turn.has_image else ""
-        text += f"{turns.next_question if text else prompt.prefix}{image}{turn.question}{prompt.suffix}"
+        opened = turns.next_question if text else prompt.prefix
+        text += f"{opened}{image}{prompt.before_question}{turn.question}{prompt.suffix}"
         asked = opening + tokenizer.encode_template(text, prompt.image_marker, image_id)
         text += f"{turns.before_answer}{turn.answer}{turns.after_answer}"
         ids = opening + tokenizer.encode_template(text, prompt.image_marker, image_id)

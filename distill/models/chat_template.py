@@ -116,21 +116,34 @@ class _Rendered:
 def _cut(rendered: _Rendered, image_marker: str, eos_names: list[str]) -> tuple[PromptSpec, ChatTurns]:
     before, suffix = _halves(rendered.asked, QUESTION, "the question")
     prefix, after_image = _halves(before, image_marker, "the image")
-    if rendered.without_image != prefix + QUESTION + suffix:
+    alone, _ = _halves(rendered.without_image, QUESTION, "the question")
+    before_question = alone.removeprefix(prefix)
+    if rendered.without_image != prefix + before_question + QUESTION + suffix or not after_image.endswith(
+        before_question
+    ):
         raise ValueError("without an image it says something else around the question")
-    if not rendered.answered.startswith(rendered.asked):
-        raise ValueError("an answered question does not begin like the question alone")
-    before_answer, end = _halves(rendered.answered.removeprefix(rendered.asked), ANSWER, "the answer")
-    if not rendered.asked_again.startswith(rendered.answered) or not rendered.asked_again.endswith(SECOND + suffix):
+    said, end = _halves(rendered.answered, ANSWER, "the answer")
+    _, rest = _halves(rendered.asked_again, ANSWER, "the answer")
+    between, again = _halves(rest, SECOND, "the second question")
+    if not said.startswith(before + QUESTION) or not between.startswith(end) or again != suffix:
         raise ValueError("a second question does not go on from the first answer")
-    between = end + rendered.asked_again.removeprefix(rendered.answered).removesuffix(SECOND + suffix)
+    between = between.removesuffix(before_question)
+    # some templates write an answered turn otherwise than the one to be answered: trained is what will be asked
+    before_answer = said.removeprefix(rendered.asked) if said.startswith(rendered.asked) else ""
     eos = next((name for name in eos_names if name in end), None)
     if eos is None:  # vicuna's templates leave out the end token, without which a model never learns to stop
         after, following = eos_names[0], between.lstrip()
     else:
         head, following = between.split(eos, 1)
         after = head + eos
-    spec = PromptSpec(template="chat", prefix=prefix, image_marker=image_marker, after_image=after_image, suffix=suffix)
+    spec = PromptSpec(
+        template="chat",
+        prefix=prefix,
+        image_marker=image_marker,
+        after_image=after_image.removesuffix(before_question),
+        before_question=before_question,
+        suffix=suffix,
+    )
     return spec, ChatTurns(before_answer, after, following)
 
 

@@ -97,8 +97,8 @@ def llava_images(folder: Path, config: dict[str, Any]) -> ImageSpec:
     if raw.get("resample", PILLOW_BICUBIC) != PILLOW_BICUBIC:
         raise UsageError(f"{path}: resample {raw['resample']} is not supported; supported: {PILLOW_BICUBIC} (bicubic)")
     strategy, size = _square(path, raw)
-    vision = config.get("vision_config") or {}
-    wanted = vision.get("image_size", 336 if "hidden_size" not in vision else 224)
+    vision = config.get("vision_config")
+    wanted = 336 if vision is None else vision.get("image_size", 224)  # transformers' defaults
     if size != wanted:
         raise UsageError(f"{path} makes images of {size} pixels, the vision tower takes {wanted}")
     mean, std = _triple(path, raw, "image_mean"), _triple(path, raw, "image_std")

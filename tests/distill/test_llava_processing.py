@@ -28,7 +28,15 @@ from distill.models.create import create_student
 from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
 from distill.rows import Row, Turn
-from tests.distill.llava_checkpoints import CHATML, VICUNA, make_llava, write_images, write_llava, write_whole
+from tests.distill.llava_checkpoints import (
+    CHATML,
+    INTERLEAVE,
+    VICUNA,
+    make_llava,
+    write_images,
+    write_llava,
+    write_whole,
+)
 
 PROCESSORS: dict[str, Any] = {
     "CLIPImageProcessor": CLIPImageProcessorPil,
@@ -36,7 +44,7 @@ PROCESSORS: dict[str, Any] = {
     "SiglipImageProcessor": SiglipImageProcessorPil,
 }
 TALK = (Turn("what colour is the circle?", "red", True), Turn("how many are there?", "three", False))
-CHATS = [("llama", VICUNA), ("qwen2", CHATML)]
+CHATS = [("llama", VICUNA), ("qwen2", CHATML), ("qwen2", INTERLEAVE)]
 
 
 def opened(folder: Path) -> tuple[Processing, Tokenizer]:
