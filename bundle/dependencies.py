@@ -57,7 +57,7 @@ DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("coremltools", "==9.0", "9.0", ("coreml",)),
     Dependency("scipy", ">=1.17,<1.18", "1.17.1", ("coreml", "bench")),
     Dependency("plotly", ">=6,<8", "7.1.0", ("bench",)),
-    Dependency("jinja2", ">=3.1", "3.1.6", ("bench",)),
+    Dependency("jinja2", ">=3.1", "3.1.6", ("distill", "bench")),
 )
 
 

@@ -91,21 +91,22 @@ class ImageSpec(Frozen):
 
 
 class PromptSpec(Frozen):
-    """Question -> prompt text: prefix + [image marker] + question + suffix, tokenised in pieces around the image."""
+    """Question -> prompt text: prefix + [image marker + after_image] + before_question + question + suffix."""
 
-    template: Literal["v1", "plain"]
+    template: Literal["v1", "plain", "chat"] = Field(description="chat: a checkpoint's own template, cut to pieces")
     prefix: str
     image_marker: str = "<image>"
     after_image: str = "\n"
+    before_question: str = ""
     suffix: str
 
 
 class TokenizerSpec(Frozen):
     """Which tokenizer file to load, and the ids a runner needs."""
 
-    kind: Literal["sentencepiece"]
+    kind: Literal["sentencepiece", "tokenizers"] = Field(description="of a tokenizer.model or a tokenizer.json")
     path: str
-    bos_id: int
+    bos_id: int | None = Field(description="None: prompts begin with no mark of their own")
     eos_ids: tuple[int, ...]
     pad_id: int
     image_token_id: int = -200

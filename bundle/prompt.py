@@ -55,19 +55,32 @@ def build_prompt(
             f"the question holds '{IMAGE_MARKER}'; the template '{spec.template}' places the image itself: "
             f"remove '{IMAGE_MARKER}' from the question"
         )
+    refuse_special_names(question, tokenizer, "the question")
     image = spec.image_marker + spec.after_image if has_image else ""
-    text = f"{spec.prefix}{image}{question}{spec.suffix}"
+    text = f"{spec.prefix}{image}{spec.before_question}{question}{spec.suffix}"
     pieces = encode_pieces(text, tokenizer, tokenizer_spec.image_token_id, spec.image_marker)
-    return Prompt(text, (tokenizer_spec.bos_id, *pieces))
+    return Prompt(text, (*opening_ids(tokenizer_spec), *pieces))
+
+
+def opening_ids(spec: TokenizerSpec) -> list[int]:
+    """What every prompt begins with: BOS, or nothing."""
+    return [] if spec.bos_id is None else [spec.bos_id]
+
+
+def refuse_special_names(text: str, tokenizer: Tokenizer, what: str) -> None:
+    """Raise where a user's text would be read as a mark of the template.
+
+    Raises:
+        UsageError: ``text`` holds the name of a special token, which this kind of tokenizer reads as the token itself.
+    """
+    found = next((name for name in tokenizer.special_names if name in text), None)
+    if found is not None:
+        raise UsageError(f"{what} holds '{found}', which this tokenizer reads as a mark of its own: remove it")
 
 
 def encode_pieces(text: str, tokenizer: Tokenizer, image_token_id: int, image_marker: str = IMAGE_MARKER) -> list[int]:
-    """Text with image markers -> ids without BOS: each piece between markers is encoded on its own, as LLaVA does."""
-    first, *rest = text.split(image_marker)
-    ids = tokenizer.encode(first)
-    for piece in rest:
-        ids += [image_token_id, *tokenizer.encode(piece)]
-    return ids
+    """Text of a template with image markers -> ids without BOS, the image id where a marker stands."""
+    return tokenizer.encode_template(text, image_marker, image_token_id)
 
 
 def text_ids(token_ids: tuple[int, ...], image_token_id: int) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from distill.bridge import on_students_grid
 from distill.losses import (
     RowDivergence,
     adaptive_kl_rows,
@@ -52,6 +53,7 @@ DIVERGENCES: dict[str, RowDivergence] = {
 ATTENTION_TERMS = ("attention", "attention_kl", "attention_groups")
 VISUAL_TERMS = ("visual", "focus", "normed_visual", "relation")
 PUBLISHED_TERMS = ("published_logits", "published_attention", "published_focus")
+WORDY_TERMS = (*DIVERGENCES, *ATTENTION_TERMS, "focus", *PUBLISHED_TERMS)  # of the teacher's decoder
 TERMS = ("cross_entropy", *DIVERGENCES, *ATTENTION_TERMS, *VISUAL_TERMS, *PUBLISHED_TERMS)
 # terms that need an adapter: the head map, the map to the student's width, the map to the teacher's
 HEAD_MAPPED = ("attention", "published_attention")
@@ -92,6 +94,7 @@ class AlignKD(nn.Module):
         learned_balance: the distillation terms' weights are learned as the terms' uncertainties (Kendall et al. 2018):
             each counts as ``weight * (exp(-s) * term + s)`` with one trained ``s`` a term, which starts at 0.
         seed: of the adapters' initial values.
+        same_pictures: student and teacher preprocess images alike, so that one run of a shared tower serves both.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class AlignKD(nn.Module):
         freeze_tower: bool = True,
         learned_balance: bool = False,
         seed: int = 0,
+        same_pictures: bool = True,
     ) -> None:
         super().__init__()
         assert set(weights) <= set(TERMS), weights
@@ -112,12 +116,14 @@ class AlignKD(nn.Module):
         for parameter in unused_tower_parameters(student):
             parameter.requires_grad_(False)
         self.weights, self.settings = dict(weights), settings or TermSettings()
+        if student.config.text_config.tie_word_embeddings:  # safetensors keeps no tensor twice
+            self.register_state_dict_post_hook(_without_tied_head)
         self.freeze_tower = freeze_tower
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
         on_paper = student.device.type == "meta"  # a plan of a run, without weights to compare
-        self.shares_tower = (
-            teacher is not None and freeze_tower and (on_paper or tower_hash(teacher) == tower_hash(student))
-        )
+        self.shares_tower = False
+        if teacher is not None and freeze_tower and same_pictures:
+            self.shares_tower = on_paper or tower_hash(teacher) == tower_hash(student)
         self.head_map: nn.Conv2d | None = None
         self.visual_map: nn.Linear | None = None
         self.student_map: nn.Linear | None = None
@@ -183,6 +189,7 @@ class AlignKD(nn.Module):
         labels: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        teacher_pixel_values: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """One batch -> unweighted terms.
 
@@ -192,6 +199,7 @@ class AlignKD(nn.Module):
             image_features: [n, P, D_v], features of a tower that student and teacher share. A batch without an image id
                 may bring one blank image, which adds 0: every trained parameter then takes part in every batch, as
                 training on several processes needs.
+            teacher_pixel_values: [n, 3, S_T, S_T], the same pictures, where the teacher wants them differently.
         """
         wanted = self.wanted
         images = int((input_ids == self.student.image_token_id).sum())
@@ -202,11 +210,20 @@ class AlignKD(nn.Module):
         view, seen = None, None
         if self.teacher is not None:
             with torch.no_grad():
-                known = features if self.shares_tower else self._features(self.teacher, pixel_values, image_features)
-                if images and known is not None:
+                known = None
+                if images:
+                    pixels = pixel_values if teacher_pixel_values is None else teacher_pixel_values
+                    known = features if self.shares_tower else self._features(self.teacher, pixels, image_features)
+                if known is not None:
                     known = self.teacher.projector(known.to(self.teacher.dtype))  # [n, N, D_T]
-                seen = look(self.teacher, *batch, known if images else None, wanted.groups > 0)
-                view = live_view(self.teacher, seen, wanted)
+                if self._uses(WORDY_TERMS):
+                    theirs = torch.where(
+                        input_ids == self.student.image_token_id, self.teacher.image_token_id, input_ids
+                    )
+                    seen = look(self.teacher, theirs, attention_mask, labels, known, wanted.groups > 0)
+                    view = live_view(self.teacher, seen, wanted)
+                else:
+                    view = TeacherView(visual=known)
         terms = self._row_terms(student, view)
         if view is not None:
             terms |= self._image_terms(student, view)
@@ -269,6 +286,7 @@ class AlignKD(nn.Module):
             zero = student.hidden.sum() * 0.0
             return {name: zero for name in ATTENTION_TERMS + VISUAL_TERMS if name in self.weights}
         spans = spans_of(student.expanded)
+        teacher = on_students_grid(teacher, ours.shape[1])
         terms = self._attention_terms(student, teacher, spans)
         if teacher.visual is not None:
             terms |= self._visual_terms(ours, teacher.visual, teacher.attention, spans)
@@ -329,3 +347,7 @@ class AlignKD(nn.Module):
             mapped = self.visual_map(theirs)  # [n, N, D_S]
             terms["published_focus"] = published_focus(ours, mapped, vlm, teacher, self.settings.top_k)
         return terms
+
+
+def _without_tied_head(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: object) -> None:
+    state.pop(f"{prefix}student.lm_head.weight", None)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from bundle.prompt import build_prompt, encode_pieces
 from bundle.tokenizer import Tokenizer
 from distill.batch_order import LengthGroupedOrder as LengthGroupedOrder
+from distill.chat_rows import encode_chat
 from distill.conversation import Row, Turn
 from distill.image_source import ImageSource
 from distill.image_store import BadImageError
@@ -40,6 +41,8 @@ def encode_row(row: Row, processing: Processing, tokenizer: Tokenizer) -> tuple[
 
     The first question is encoded by the function that encodes questions at inference, so both see the same ids.
     """
+    if processing.turns is not None:
+        return encode_chat(row, processing, processing.turns, tokenizer)
     template, spec = processing.prompt.template, processing.tokenizer
     ids: list[int] = []
     labels: list[int] = []
@@ -131,12 +134,14 @@ class Collator:
     Attributes:
         features: image -> tower features [P, D_v]; when not None, an image that it lacks could not be read.
         report_bad: put the numbers of the rows left out into the batch as ``bad_rows`` [k], instead of raising.
+        teacher_images: the same pictures as the teacher wants them, where it wants them differently.
     """
 
     pad_id: int
     images: ImageStore
     features: dict[ImageSource, torch.Tensor] | None = None
     report_bad: bool = False
+    teacher_images: ImageStore | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v].
@@ -161,6 +166,9 @@ class Collator:
         if images or self.features is None or self.features:
             name = "pixel_values" if self.features is None else "image_features"
             batch[name] = torch.stack(images or [self._blank()])  # [n, 3, S, S] or [n, P, D_v]
+        if self.teacher_images is not None and images:
+            seen = [example["row"] for example in good if example["row"].image is not None]
+            batch["teacher_pixel_values"] = torch.stack([self.teacher_images.pixels(row) for row in seen])
         if bad:
             batch[BAD_ROWS] = torch.tensor([example["row"].number for example in bad])  # [k]
         return batch

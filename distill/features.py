@@ -28,7 +28,8 @@ def known_features(
         BadImageError: an image is missing or corrupt; the line names the row.
     """
     config = module.student.config
-    bytes_each = config.patch_grid**2 * config.vision_config.hidden_size * 4
+    positions, width = config.feature_shape
+    bytes_each = positions * width * 4
     if not module.freeze_tower or not (module.teacher is None or module.shares_tower):
         return None
     by_image = _first_rows(rows, budget_bytes // bytes_each)

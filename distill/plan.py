@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ from distill.align_kd import MAX_LOGITS, AlignKD
 from distill.config import DistillConfig
 from distill.data import encode_row
 from distill.lora import add_lora
-from distill.models import load_vlm
+from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.parameter_groups import group_of, learning_rates
@@ -116,10 +114,11 @@ def make_plan(config: DistillConfig, gpus: int, engine: Engine, step_time_s: flo
 
 def meta_module(config: DistillConfig) -> AlignKD:
     """The module that would be trained, without its weights: files are mapped, and only their headers are read."""
-    student = _meta_vlm(config.student, torch.float32)
+    student = open_checkpoint(config.student)[0]
     teacher = None
     if config.needs_teacher and config.teacher is not None:
-        teacher = _meta_vlm(config.teacher, DTYPES[config.teacher_dtype])
+        teacher = open_checkpoint(config.teacher)[0]
+        nn.Module.to(teacher, dtype=DTYPES[config.teacher_dtype])
     with torch.device("meta"):
         module = AlignKD(
             student,
@@ -140,12 +139,6 @@ def planned_steps(config: DistillConfig, rows: int, gpus: int) -> tuple[int, int
     batches = math.ceil(math.ceil(rows / config.batch_size) / gpus)
     per_epoch = max(1, math.ceil(batches / config.gradient_accumulation))
     return per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
-
-
-def _meta_vlm(path: Any, dtype: torch.dtype) -> MobileVlm:
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is a no-op.*")  # loading into meta tensors: that is the point
-        return load_vlm(path, dtype)
 
 
 def _positions(

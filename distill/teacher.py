@@ -16,11 +16,11 @@ from torch import nn
 
 from bundle.errors import UsageError, missing_extra
 from bundle.prompt import TEMPLATES
-from bundle.staging import sha256_of
 from distill.config import DistillConfig
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
+from distill.pairing import Side, check_pair
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GROUP_SIZE = 32  # columns that share one scale at 4 bits
@@ -35,38 +35,27 @@ def chosen_processing(processing: Processing, config: DistillConfig) -> Processi
 
 def open_teacher(
     config: DistillConfig, student: MobileVlm, processing: Processing, console: Console
-) -> MobileVlm | None:
-    """The teacher on the CPU, or None when no term with a weight needs one.
+) -> tuple[MobileVlm | None, Processing]:
+    """The teacher on the CPU, or None when no term with a weight needs one, and its processing, or the student's.
 
     Raises:
-        UsageError: it reads other tokens or sees images differently than the student.
+        UsageError: a term compares what this pair does not share.
     """
     if not config.needs_teacher or config.teacher is None:
         if config.teacher is not None:
             console.print(
                 f"teacher {config.teacher} is not opened: no loss term with a weight needs it", soft_wrap=True
             )
-        return None
+        return None, processing
     teacher = load_vlm(config.teacher, DTYPES[config.teacher_dtype])
     theirs = chosen_processing(read_processing(config.teacher), config)
-    sizes = (student.config.text_config.vocab_size, teacher.config.text_config.vocab_size)
-    if sizes[0] != sizes[1] or sha256_of(processing.tokenizer_path) != sha256_of(theirs.tokenizer_path):
-        raise UsageError(
-            f"student {config.student} and teacher {config.teacher} have different vocabularies ({sizes[0]} and "
-            f"{sizes[1]} tokens, different tokenizer.model); distillation needs one vocabulary: choose another "
-            "student, or train it without a teacher: --losses ce"
-        )
-    if processing.image != theirs.image or student.config.visual_tokens != teacher.config.visual_tokens:
-        raise UsageError(
-            f"student {config.student} and teacher {config.teacher} see images differently "
-            f"({processing.image.size} px {processing.image.strategy}, {student.config.visual_tokens} visual tokens; "
-            f"{theirs.image.size} px {theirs.image.strategy}, {teacher.config.visual_tokens}); "
-            "choose a pair that agrees"
-        )
+    pair = Side.of(config.student, student, processing), Side.of(config.teacher, teacher, theirs)
+    for note in check_pair(*pair, config.term_weights, config.mask):
+        console.print(note, soft_wrap=True)
     console.print(
         f"teacher {config.teacher}: {sum(p.numel() for p in teacher.parameters()):,} parameters, frozen", soft_wrap=True
     )
-    return teacher
+    return teacher, theirs
 
 
 def place_teacher(teacher: MobileVlm, config: DistillConfig, device: torch.device) -> None:

@@ -71,9 +71,16 @@ class LiveRows:
     def split(self, rows: int) -> list[LiveRows]:
         return [LiveRows(part, self.lm_head, self.temperature) for part in self.hidden.split(rows)]
 
-    @torch.no_grad()
     def beside(self, log_student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return log_student, log_probabilities(self.lm_head(self.hidden), self.temperature)
+        with torch.no_grad():
+            log_teacher = log_probabilities(self.lm_head(self.hidden), self.temperature)  # [c, V_T]
+        common = min(log_student.shape[-1], log_teacher.shape[-1])
+        return _among(log_student, common), _among(log_teacher, common)
+
+
+def _among(log_words: torch.Tensor, common: int) -> torch.Tensor:
+    """Log-probabilities [c, V] -> [c, common], of the first words alone: rows past them are padding or added tokens."""
+    return log_words if log_words.shape[-1] == common else log_words[:, :common].log_softmax(-1)
 
 
 @torch.no_grad()

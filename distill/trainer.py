@@ -108,7 +108,8 @@ def _open(
 ) -> tuple[AlignKD, Processing, LlavaDataset, Collator]:
     console.print(f"{len(rows)} conversations, {int(rows.with_image.sum())} with an image", soft_wrap=True)
     student, processing = load_vlm(config.student), chosen_processing(read_processing(config.student), config)
-    teacher = open_teacher(config, student, processing, console)
+    teacher, theirs = open_teacher(config, student, processing, console)
+    same_pictures = theirs.image == processing.image
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
@@ -120,13 +121,18 @@ def _open(
         config.freeze_tower,
         config.learned_balance,
         config.seed,
+        same_pictures,
     )
     if config.lora.rank:
         add_lora(student, config.lora)
     if config.gradient_checkpointing:
         student.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    budget = (config.cache_mb << 20) // (1 if same_pictures else 2)
     collator = Collator(
-        processing.tokenizer.pad_id, ImageStore(processing.image, config.cache_mb << 20), report_bad=True
+        processing.tokenizer.pad_id,
+        ImageStore(processing.image, budget),
+        report_bad=True,
+        teacher_images=None if same_pictures else ImageStore(theirs.image, budget),
     )
     return module, processing, dataset, collator
 

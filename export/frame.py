@@ -39,6 +39,7 @@ from export.targets import load_exporter
 # and a 1.7B model's float32 cache stays at 0.4 GB.
 DEFAULT_CONTEXT = 1024
 TOKENIZER_FILE = "tokenizer.model"
+EXPORTED_KINDS = ("llama", "clip_vision_model", "sentencepiece")  # decoder, tower, tokenizer
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     vlm = load_vlm(job.checkpoint)
     _check_image_size(job.checkpoint, vlm, processing)
     _check_projector(job.checkpoint, vlm)
+    _check_parts(job.checkpoint, vlm, processing)
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
     context_length = _context_length(job, vlm, questions)
     progress(f"checkpoint {job.checkpoint} loaded")
@@ -78,7 +80,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 context_length=context_length,
                 tokenizer_path=processing.tokenizer_path,
                 eos_ids=processing.tokenizer.eos_ids,
-                bos_id=processing.tokenizer.bos_id,
+                bos_id=_bos_id(processing),
                 output=folder,
                 progress=progress,
             )
@@ -111,6 +113,20 @@ def _check_projector(checkpoint: Path, vlm: MobileVlm) -> None:
             f"{checkpoint}: projector '{projector}' can be trained but not exported yet; exported is {LDP_V2}; distil "
             "into such a student first: alignkd-distill --help"
         )
+
+
+def _check_parts(checkpoint: Path, vlm: MobileVlm, processing: Processing) -> None:
+    kinds = (vlm.config.text_config.model_type, vlm.config.vision_config.model_type, processing.tokenizer.kind)
+    if kinds != EXPORTED_KINDS:
+        raise UsageError(
+            f"{checkpoint}: a model of {', '.join(kinds)} can be trained but not exported yet; exported is "
+            f"{', '.join(EXPORTED_KINDS)}"
+        )
+
+
+def _bos_id(processing: Processing) -> int:
+    assert processing.tokenizer.bos_id is not None  # a sentencepiece tokenizer has one
+    return processing.tokenizer.bos_id
 
 
 def _context_length(job: ExportJob, vlm: MobileVlm, questions: Sequence[Probe]) -> int:

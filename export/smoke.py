@@ -43,7 +43,8 @@ ENGINES: dict[Target, tuple[str, ...]] = {
     "executorch": ("torchao", "executorch.exir", "executorch.runtime"),
     "coreml": ("coremltools",),
 }
-TOKENIZER = TokenizerSpec(kind="sentencepiece", path="tokenizer.model", bos_id=1, eos_ids=(2,), pad_id=0)
+BOS_ID = 1
+TOKENIZER = TokenizerSpec(kind="sentencepiece", path="tokenizer.model", bos_id=BOS_ID, eos_ids=(2,), pad_id=0)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def smoke(config: SmokeConfig) -> int:
             context_length=CONTEXT,
             tokenizer_path=folder / TOKENIZER.path,
             eos_ids=TOKENIZER.eos_ids,
-            bos_id=TOKENIZER.bos_id,
+            bos_id=BOS_ID,
             output=folder,
             progress=lambda line: None,
         )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from transformers import CLIPVisionModel, LlamaConfig
+from transformers import CLIPVisionModel, SiglipVisionModel
 
 from bundle.errors import UsageError
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
+from distill.models.parts import TextConfig, as_text_config
 
 
 def create_student(
@@ -19,33 +20,40 @@ def create_student(
     """
     _check_sizes(hidden_size, layers, heads, intermediate_size)
     theirs = teacher.config.text_config
-    text = LlamaConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        intermediate_size=intermediate_size,
-        vocab_size=theirs.vocab_size,
-        max_position_embeddings=theirs.max_position_embeddings,
-        rms_norm_eps=theirs.rms_norm_eps,
-        rope_parameters=theirs.rope_parameters,
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
-        pad_token_id=theirs.pad_token_id,
-        initializer_range=theirs.initializer_range,  # a narrow teacher's is wide: LLaMA's 0.02 is for wide decoders
-        tie_word_embeddings=False,
+    # of the teacher's kind, with its vocabulary, positions, and width of initial values: a narrow teacher's is wide
+    text = as_text_config(
+        {name: value for name, value in theirs.to_dict().items() if name not in ("head_dim", "layer_types")}
+        | {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "intermediate_size": intermediate_size,
+            "tie_word_embeddings": False,
+        }
     )
     return create_vlm(text, teacher.vision_tower, teacher.config, seed)
 
 
-def create_vlm(text: LlamaConfig, tower: CLIPVisionModel, like: MobileVlmConfig, seed: int = 0) -> MobileVlm:
-    """Build a MobileVlm around a trained tower; ``like`` gives the layer that is read and the image strategy."""
+def create_vlm(
+    text: TextConfig, tower: CLIPVisionModel | SiglipVisionModel, like: MobileVlmConfig, seed: int = 0
+) -> MobileVlm:
+    """Build a MobileVlm around a trained tower; ``like`` gives all that is neither tower nor decoder."""
+    names = like.llava_names
+    if names is not None and "lm_head." not in names:  # a file whose lm_head was tied; this one's is not
+        old = names["language_model."].startswith("language_model.")
+        names = names | {"lm_head.": "language_model.lm_head." if old else "lm_head."}
     config = MobileVlmConfig(
         text_config=text,
         vision_config=tower.config.to_dict(),
         vision_select_layer=like.vision_select_layer,
+        vision_select_strategy=like.vision_select_strategy,
         projector_type=like.projector_type,
+        projector_activation=like.projector_activation,
+        projector_bias=like.projector_bias,
         image_aspect_ratio=like.image_aspect_ratio,
+        image_token_id=like.image_token_id,
+        llava_names=names,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,9 @@
-"""MobileVLM (CLIP tower, projector, LLaMA) as a transformers model: ids with one image id per image -> logits."""
+"""A LLaVA-like model (tower, projector, decoder) of any supported parts: ids with one image id per image -> logits.
+
+One class serves MobileVLM and the Hugging Face LLaVA family alike: their checkpoints differ in names and in the kind of
+the three parts, not in what is computed. So losses, exporters and generation know one type, and a layout is only a
+matter of reading and writing files (checkpoint.py, llava.py, save.py).
+"""
 
 from __future__ import annotations
 
@@ -6,68 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from distill.models.projector import LDP_V2, make_projector, visual_tokens
+from distill.models.mobilevlm_config import IMAGE_TOKEN_ID as IMAGE_TOKEN_ID
+from distill.models.mobilevlm_config import MobileVlmConfig as MobileVlmConfig
+from distill.models.parts import CLIP, DECODERS, TOWERS
+from distill.models.projector import LDP_V1, LDP_V2, make_projector
 
-IMAGE_TOKEN_ID = -200  # the published code's IMAGE_TOKEN_INDEX; never a row of the embedding table
 PADDING_KIND, TEXT_KIND, VISION_KIND = 0, 1, 2
-
-
-class MobileVlmConfig(PreTrainedConfig):
-    """Sizes of the three parts; saved as config.json beside the weights.
-
-    Args:
-        text_config: a LlamaConfig or its dict.
-        vision_config: a CLIPVisionConfig or its dict.
-        vision_select_layer: which hidden state of the tower is read (-2 in every published checkpoint).
-        projector_type: a name of ``distill.models.projector``.
-        image_aspect_ratio: "pad" (square padding with the mean colour), "crop" or "stretch".
-    """
-
-    model_type = "alignkd_mobilevlm"
-    sub_configs = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}
-
-    def __init__(
-        self,
-        text_config: LlamaConfig | dict[str, Any] | None = None,
-        vision_config: CLIPVisionConfig | dict[str, Any] | None = None,
-        vision_select_layer: int = -2,
-        projector_type: str = LDP_V2,
-        image_aspect_ratio: str = "pad",
-        image_token_id: int = IMAGE_TOKEN_ID,
-        **kwargs: Any,
-    ) -> None:
-        self.text_config = LlamaConfig(**text_config) if isinstance(text_config, dict) else text_config or LlamaConfig()
-        self.vision_config = (
-            CLIPVisionConfig(**vision_config)
-            if isinstance(vision_config, dict)
-            else vision_config or CLIPVisionConfig()
-        )
-        self.vision_select_layer = vision_select_layer
-        self.projector_type = projector_type
-        self.image_aspect_ratio = image_aspect_ratio
-        self.image_token_id = image_token_id
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
-
-    @property
-    def patch_grid(self) -> int:
-        """Patches per side of the tower."""
-        size, patch = self.vision_config.image_size, self.vision_config.patch_size
-        assert isinstance(size, int) and isinstance(patch, int)  # CLIP's towers are square
-        return size // patch
-
-    @property
-    def tower_layers(self) -> int:
-        """How many of the tower's layers are run: hidden state 0 is the embedding, -1 what the last layer makes."""
-        select, layers = self.vision_select_layer, self.vision_config.num_hidden_layers
-        return select if select >= 0 else layers + 1 + select
-
-    @property
-    def visual_tokens(self) -> int:
-        """Visual tokens per image (144 for 336 px, patch 14 and LDP, which halves the grid)."""
-        return visual_tokens(self.projector_type, self.patch_grid)
 
 
 class Expanded:
@@ -108,11 +59,30 @@ class MobileVlm(PreTrainedModel):
     def __init__(self, config: MobileVlmConfig) -> None:
         super().__init__(config)
         text, vision = config.text_config, config.vision_config
-        self.vision_tower = CLIPVisionModel(vision)
-        self.projector = make_projector(config.projector_type, vision.hidden_size, text.hidden_size, config.patch_grid)
-        self.language_model = LlamaModel(text)
+        if not all(0 <= number <= vision.num_hidden_layers for number in config.tower_states):
+            raise ValueError(
+                f"layer {config.vision_select_layer} of a tower of {vision.num_hidden_layers} layers is to be read"
+            )
+        if config.projector_type in (LDP_V1, LDP_V2) and config.feature_shape[0] != config.patch_grid**2:
+            raise ValueError(f"projector '{config.projector_type}' reads a grid of patches alone")
+        self.vision_tower: Any = TOWERS[vision.model_type](vision)  # of two kinds, whose parts mypy cannot tell apart
+        self.projector = make_projector(
+            config.projector_type,
+            config.feature_shape[1],
+            text.hidden_size,
+            config.patch_grid,
+            config.projector_activation,
+            config.projector_bias,
+        )
+        self.language_model: Any = DECODERS[text.model_type](text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Make lm_head the embedding table where the decoder's config asks for that; replaced tensors need it again."""
+        if self.config.text_config.tie_word_embeddings:
+            self.lm_head.weight = self.language_model.embed_tokens.weight
 
     @property
     def image_token_id(self) -> int:
@@ -126,12 +96,18 @@ class MobileVlm(PreTrainedModel):
         return self.lm_head
 
     def tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """pixel_values [n, 3, S, S] -> patch features [n, P, D_v] of the selected layer, class token dropped."""
-        tower = self.vision_tower  # not called as a whole: the layers behind the selected one would run for nothing
-        states = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self.dtype)))  # [n, P + 1, D_v]
-        for layer in tower.encoder.layers[: self.config.tower_layers]:
+        """pixel_values [n, 3, S, S] -> patch features [n, P, D_v] of the selected layers, class token dropped."""
+        tower = self.vision_tower  # not called as a whole: the layers behind the selected ones would run for nothing
+        states = tower.embeddings(pixel_values.to(self.dtype))  # [n, P + 1, D_v], [n, P, D_v] of SigLIP
+        if self.config.vision_config.model_type == CLIP:
+            states = tower.pre_layrnorm(states)
+        read = {0: states} if 0 in self.config.tower_states else {}
+        for number, layer in enumerate(tower.encoder.layers[: self.config.tower_layers], start=1):
             states = layer(states, attention_mask=None)
-        return states[:, 1:]
+            if number in self.config.tower_states:
+                read[number] = states
+        features = torch.cat([read[number] for number in self.config.tower_states], -1)  # [n, P + 1, D_v * layers]
+        return features[:, 1:] if self.config.vision_select_strategy == "default" else features
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values [n, 3, S, S] -> projected visual tokens [n, N, D]."""

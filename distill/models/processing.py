@@ -10,11 +10,12 @@ from bundle.errors import UsageError
 from bundle.manifest import ImageSpec, PromptSpec, TokenizerSpec
 from bundle.prompt import TEMPLATES
 from bundle.tokenizer import open_tokenizer
-from distill.models.checkpoint import PUBLISHED_ARCHITECTURE, read_json, tower_directory
+from distill.models.chat_template import ChatTurns
+from distill.models.checkpoint import PUBLISHED_ARCHITECTURES, read_json, tower_directory
+from distill.models.llava import LLAVA_ARCHITECTURE
+from distill.models.llava_processing import PILLOW_BICUBIC, PREPROCESSOR_FILE, llava_images, llava_tokens
 
-PILLOW_BICUBIC = 3
 TOKENIZER_FILE = "tokenizer.model"
-PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Processing:
 
     image: ImageSpec
     prompt: PromptSpec
-    tokenizer_path: Path  # tokenizer.model of the checkpoint
+    tokenizer_path: Path  # tokenizer.model of the checkpoint, or the tokenizer.json of a LLaVA
     tokenizer: TokenizerSpec
+    turns: ChatTurns | None = None  # of a checkpoint with its own chat template
 
 
 def read_processing(checkpoint: str | Path) -> Processing:
-    """Read the processing of a checkpoint, ours or the published layout.
+    """Read the processing of a checkpoint, ours, the published layout or Hugging Face LLaVA.
 
     Raises:
         UsageError: a file is missing or of the wrong shape, a setting is not supported, or tokenizer and model have
@@ -36,7 +38,10 @@ def read_processing(checkpoint: str | Path) -> Processing:
     """
     folder = Path(checkpoint)
     config = read_json(folder / "config.json", folder)
-    published = (config.get("architectures") or [""])[0] == PUBLISHED_ARCHITECTURE
+    if (config.get("architectures") or [""])[0] == LLAVA_ARCHITECTURE:
+        spec, prompt, turns = llava_tokens(folder, config)
+        return Processing(llava_images(folder, config), prompt, folder / spec.path, spec, turns)
+    published = (config.get("architectures") or [""])[0] in PUBLISHED_ARCHITECTURES
     text = config if published else config.get("text_config", {})
     tokenizer = _tokenizer_spec(folder, text)
     path = folder / TOKENIZER_FILE

@@ -9,14 +9,17 @@ import re
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 LDP_V2, LDP_V1, LINEAR = "ldpnetv2", "ldpnet", "linear"
 SUPPORTED = f"{LDP_V2}, {LDP_V1}, {LINEAR}, mlp2x_gelu (any number of layers)"
 SQUEEZE = 4  # MobileNetV3: the gate's narrow layer has a quarter of the channels, rounded to a multiple of 8
 
 
-def make_projector(name: str, vision_width: int, hidden_size: int, patch_grid: int) -> nn.Module:
-    """The projector of this name.
+def make_projector(
+    name: str, vision_width: int, hidden_size: int, patch_grid: int, activation: str = "gelu", bias: bool = True
+) -> nn.Module:
+    """The projector of this name; ``activation`` and ``bias`` are LLaVA's to choose.
 
     Raises:
         ValueError: the name is not one of SUPPORTED.
@@ -25,7 +28,7 @@ def make_projector(name: str, vision_width: int, hidden_size: int, patch_grid: i
         return LDPv2(vision_width, hidden_size, patch_grid // 2)
     if name == LDP_V1:
         return LDPv1(vision_width, hidden_size)
-    return Mlp(vision_width, hidden_size, mlp_depth(name))
+    return Mlp(vision_width, hidden_size, mlp_depth(name), activation, bias)
 
 
 def visual_tokens(name: str, patch_grid: int) -> int:
@@ -55,18 +58,24 @@ def mlp_depth(name: str) -> int:
 
 
 class Mlp(nn.Module):
-    """LLaVA's projector: linear layers with GELU between them, on every patch by itself (arXiv 2310.03744)."""
+    """LLaVA's projector: linear layers with GELU between them, on every patch by itself (arXiv 2310.03744).
 
-    def __init__(self, vision_width: int, hidden_size: int, depth: int) -> None:
+    The Hugging Face LLaVA family may name another activation and leave out the biases.
+    """
+
+    def __init__(
+        self, vision_width: int, hidden_size: int, depth: int, activation: str = "gelu", bias: bool = True
+    ) -> None:
         super().__init__()
         widths = [vision_width] + [hidden_size] * depth
-        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.linears = nn.ModuleList(nn.Linear(a, b, bias) for a, b in zip(widths, widths[1:], strict=False))
+        self.activation = ACT2FN[activation]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """features [n, P, D_v] -> visual tokens [n, P, D]."""
         hidden = self.linears[0](features)
         for linear in self.linears[1:]:
-            hidden = linear(nn.functional.gelu(hidden))
+            hidden = linear(self.activation(hidden))
         return hidden
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
+from transformers import Qwen2Config
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distill.models.mobilevlm import PADDING_KIND, TEXT_KIND, VISION_KIND, Expanded, MobileVlm
 
@@ -93,8 +94,7 @@ def attention_rows(
         sample: [n], the batch row that each entry looks at.
         rows: [n, R], query positions.
     """
-    block = vlm.language_model.layers[layer]
-    assert isinstance(block, LlamaDecoderLayer)
+    block = vlm.language_model.layers[layer]  # of LLaMA or Qwen2: their names are the same
     attention = block.self_attn
     normed = block.input_layernorm(states)  # [B, L, D]
     position = torch.arange(states.shape[1], device=states.device)[None]  # [1, L]
@@ -106,7 +106,17 @@ def attention_rows(
     k = k.repeat_interleave(attention.num_key_value_groups, dim=1)[sample]  # [n, H, L, d]
     scores = (q @ k.transpose(-1, -2)).float() * attention.scaling  # [n, H, R, L]
     unseen = position[:, None] > rows[..., None]  # [n, R, L]; padding lies to the right of every real row
+    if (window := sliding_window(vlm, layer)) is not None:
+        unseen = unseen | (position[:, None] <= rows[..., None] - window)
     return scores.masked_fill(unseen[:, None], float("-inf")).softmax(-1)
+
+
+def sliding_window(vlm: MobileVlm, layer: int) -> int | None:
+    """How many keys a row of this decoder layer sees, itself included; None where it sees all before it."""
+    config = vlm.config.text_config
+    if not isinstance(config, Qwen2Config) or config.layer_types is None:
+        return None
+    return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
 
 
 def predicting_rows(roles: Roles, mask: str = "answer") -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,8 +141,10 @@ def predicting_rows(roles: Roles, mask: str = "answer") -> tuple[torch.Tensor, t
 
 
 def tower_hash(vlm: MobileVlm) -> str:
-    """SHA-256 over the tower's weights and the layer that is read: equal hashes give equal features."""
-    digest = hashlib.sha256(str(vlm.config.vision_select_layer).encode())
+    """SHA-256 over the tower's weights and what is read of it: equal hashes give equal features of equal pixels."""
+    config = vlm.config
+    digest = hashlib.sha256(f"{config.vision_config.model_type} {config.tower_states}".encode())
+    digest.update(config.vision_select_strategy.encode())
     for name, tensor in sorted(vlm.vision_tower.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -143,7 +155,8 @@ def unused_tower_parameters(vlm: MobileVlm) -> list[nn.Parameter]:
     """Parameters of the tower behind the hidden state that is read: they never get a gradient."""
     tower = vlm.vision_tower
     behind = [p for layer in tower.encoder.layers[vlm.config.tower_layers :] for p in layer.parameters()]
-    return behind + list(tower.post_layernorm.parameters())
+    head = [p for name, p in tower.named_parameters() if name.startswith("head.")]  # SigLIP's pooling
+    return behind + list(tower.post_layernorm.parameters()) + head
 
 
 def _heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:

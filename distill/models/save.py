@@ -13,19 +13,41 @@ from sentencepiece import SentencePieceProcessor
 from bundle.manifest import ImageSpec, PromptSpec, TokenizerSpec
 from bundle.staging import write_text_whole
 from distill.models.checkpoint import OUR_ARCHITECTURE
+from distill.models.llava import their_config, their_tensors
+from distill.models.llava_processing import KEPT_FILES
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import PILLOW_BICUBIC, PREPROCESSOR_FILE, TOKENIZER_FILE, Processing
 
 
 def save_checkpoint(vlm: MobileVlm, folder: Path, processing: Processing, card: str | None = None) -> None:
-    """Write weights, config, tokenizer, image processor, chat template and model card into ``folder``."""
+    """Write weights, config, tokenizer, image processor, chat template and model card into ``folder``.
+
+    A Hugging Face LLaVA is written under the names it came with, for transformers to open; any other in our layout.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if vlm.config.llava_names is not None:
+        _save_llava(vlm, folder, processing.tokenizer_path.parent)
+    else:
+        _save_ours(vlm, folder, processing)
+    write_text_whole(folder / "README.md", card or _plain_card(vlm))
+
+
+def _save_llava(vlm: MobileVlm, folder: Path, source: Path) -> None:
+    their_config(vlm).save_pretrained(folder)
+    save_file(their_tensors(vlm), folder / "model.safetensors", metadata={"format": "pt"})
+    for name in KEPT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _save_ours(vlm: MobileVlm, folder: Path, processing: Processing) -> None:
     vlm.config.architectures = [OUR_ARCHITECTURE]
     vlm.config.prompt_template = processing.prompt.template
     vlm.config.image_aspect_ratio = processing.image.strategy
     vlm.config.dtype = vlm.dtype
     vlm.config.save_pretrained(folder)
-    weights = {name: tensor.detach().contiguous() for name, tensor in vlm.state_dict().items()}
+    tied = {"lm_head.weight"} if vlm.config.text_config.tie_word_embeddings else set()
+    weights = {name: tensor.detach().contiguous() for name, tensor in vlm.state_dict().items() if name not in tied}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
     tokens = _special_tokens(processing)
@@ -34,7 +56,6 @@ def save_checkpoint(vlm: MobileVlm, folder: Path, processing: Processing, card: 
     _write_json(folder / "generation_config.json", _generation_config(processing.tokenizer))
     _write_json(folder / PREPROCESSOR_FILE, _preprocessor_config(processing.image))
     write_text_whole(folder / "chat_template.jinja", chat_template(processing.prompt))
-    write_text_whole(folder / "README.md", card or _plain_card(vlm))
 
 
 def chat_template(prompt: PromptSpec) -> str:
@@ -59,7 +80,7 @@ def _special_tokens(processing: Processing) -> dict[str, str]:
         "unk_token": pieces.unk_id(),
         "pad_token": spec.pad_id,
     }
-    return {name: pieces.id_to_piece(number) for name, number in ids.items()}
+    return {name: pieces.id_to_piece(number) for name, number in ids.items() if number is not None}
 
 
 def _tokenizer_config(vlm: MobileVlm, tokens: dict[str, str]) -> dict[str, Any]:
@@ -98,10 +119,10 @@ def _preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
 
 
 def _plain_card(vlm: MobileVlm) -> str:
-    text = vlm.config.text_config
+    text, kind = vlm.config.text_config, "MobileVLM" if vlm.config.llava_names is None else "LLaVA"
     return (
         "---\nlibrary_name: alignkd\npipeline_tag: image-text-to-text\n---\n\n"
-        f"MobileVLM V2: {text.num_hidden_layers} layers, width {text.hidden_size}, "
+        f"{kind}: {text.num_hidden_layers} layers, width {text.hidden_size}, "
         f"{vlm.config.visual_tokens} visual tokens.\n"
         "Open it with `from distill.models import load_vlm; vlm = load_vlm(path)`.\n"
     )

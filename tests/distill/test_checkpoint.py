@@ -148,6 +148,13 @@ def test_a_checkpoint_without_a_tower_says_where_to_put_it(copied: Path) -> None
         load_vlm(copied)
 
 
+def test_llavas_own_layout_is_the_published_one(copied: Path, reference: Path) -> None:
+    edit(copied / "config.json", architectures=["LlavaLlamaForCausalLM"], model_type="llava_llama")
+    wanted = load_vlm(reference / "student").state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in load_vlm(copied).state_dict().items())
+    assert read_processing(copied).prompt == TEMPLATES["v1"]
+
+
 @pytest.mark.parametrize(
     "impossible",
     [{"num_attention_heads": 3}, {"hidden_size": -4}, {"hidden_size": "wide"}, {"num_key_value_heads": 0},
