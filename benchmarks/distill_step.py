@@ -25,7 +25,7 @@ import torch
 from published_step import TOP_K, published_loss
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from distill.align_kd import AlignKD
+from distill.align_kd import AlignKD, TermSettings
 from distill.config import PRESETS
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from runtime_bench.device import local_device
@@ -113,7 +113,7 @@ def make_module(shape: str) -> AlignKD:
         for size in (teacher_size, student_size)
     )
     student.vision_tower.load_state_dict(teacher.vision_tower.state_dict())
-    return AlignKD(student, teacher, PRESETS["paper"], top_k=TOP_K)
+    return AlignKD(student, teacher, PRESETS["paper"], TermSettings(top_k=TOP_K))
 
 
 def make_batch(size: int) -> dict[str, torch.Tensor]:

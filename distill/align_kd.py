@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from distill.fused_rows import FusedRows, can_fuse, sum_of_chunks
 from distill.losses import (
     RowDivergence,
     adaptive_kl_rows,
@@ -112,9 +112,10 @@ class AlignKD(nn.Module):
         for parameter in unused_tower_parameters(student):
             parameter.requires_grad_(False)
         self.weights, self.settings = dict(weights), settings or TermSettings()
+        self.taught_share = 1.0  # what ``total`` is going to be called with; a wrong guess costs time, nothing else
         self.freeze_tower = freeze_tower
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        self.shares_tower = teacher is not None and freeze_tower and tower_hash(teacher) == tower_hash(student)
+        self.shares_tower = teacher is not None and freeze_tower and tower_hash(teacher) == tower_hash(student, teacher.dtype)
         self.head_map: nn.Conv2d | None = None
         self.visual_map: nn.Linear | None = None
         self.student_map: nn.Linear | None = None
@@ -192,19 +193,22 @@ class AlignKD(nn.Module):
         batch = (input_ids, attention_mask, labels)
         features = self._features(self.student, pixel_values, image_features)
         visual = None if features is None else self.student.projector(features.to(self.student.dtype))  # [n, N, D_S]
-        student = look(self.student, *batch, visual if images else None, wanted.groups > 0)
+        published = self._uses(PUBLISHED_TERMS)  # they look at every position
+        mask = "all" if published else wanted.rows or "answer"
+        student = look(self.student, *batch, visual if images else None, wanted.groups > 0, mask)
         view, seen = None, None
         if self.teacher is not None:
             with torch.no_grad():
                 known = features if self.shares_tower else self._features(self.teacher, pixel_values, image_features)
                 if images and known is not None:
                     known = self.teacher.projector(known.to(self.teacher.dtype))  # [n, N, D_T]
-                seen = look(self.teacher, *batch, known if images else None, wanted.groups > 0)
+                mask = "all" if published or wanted.groups else wanted.rows or "none"
+                seen = look(self.teacher, *batch, known if images else None, wanted.groups > 0, mask)
                 view = live_view(self.teacher, seen, wanted)
         terms = self._row_terms(student, view)
         if view is not None:
             terms |= self._image_terms(student, view)
-        if seen is not None and self._uses(PUBLISHED_TERMS):
+        if seen is not None and published:
             terms |= self._published_terms(student, seen)
         if not images and visual is not None:
             first = next(iter(terms))
@@ -229,32 +233,49 @@ class AlignKD(nn.Module):
         """Cross entropy and divergences, lm_head and both softmaxes run on predicting rows alone, a chunk at a time."""
         rows = None if teacher is None else teacher.rows
         hidden, targets = predicting_rows(student, self.settings.mask if rows is not None else "answer")  # [S, D], [S]
+        names = [name for name in self.weights if name == "cross_entropy" or (rows is not None and name in DIVERGENCES)]
+        if not names:
+            return {}
         size = max(1, MAX_LOGITS // self.student.config.text_config.vocab_size)
-        split = hidden.split(size)
-        theirs = [None] * len(split) if rows is None else rows.split(size)
-        chunks = zip(split, theirs, targets.split(size), strict=True)
-        if len(targets) <= size:
-            parts = [self._chunk_terms(*chunk) for chunk in chunks]
-        else:  # recomputed in the backward pass, so that no two chunks' logits are alive together
-            parts = [checkpoint(self._chunk_terms, *chunk, use_reentrant=False) for chunk in chunks]
+        theirs: Sequence[TeacherRows | None] = [None] * len(targets.split(size)) if rows is None else rows.split(size)
         supervised = (targets != -100).sum().clamp_min(1)
-        count = {name: supervised if name == "cross_entropy" else max(1, len(targets)) for name in parts[0]}
-        return {name: torch.stack([part[name] for part in parts]).sum() / count[name] for name in parts[0]}
+        every = torch.full_like(supervised, max(1, len(targets)))
+        count = torch.stack([supervised if name == "cross_entropy" else every for name in names])  # [K]
+
+        def chunk_terms(logits: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            terms = self._chunk_terms(names, logits, theirs[first // size], targets[first:last])
+            return torch.stack(terms) / count  # [K]
+
+        if can_fuse(self.student.lm_head):
+            sums = FusedRows(self.student.lm_head, chunk_terms, size)(hidden, self._foretold(names, hidden.device))
+        else:  # recomputed in the backward pass, so that no two chunks' logits are alive together
+            sums = sum_of_chunks(self.student.lm_head, chunk_terms, size, hidden)
+        return dict(zip(names, sums, strict=True))
+
+    def _foretold(self, names: list[str], device: torch.device) -> torch.Tensor:
+        """The weight [K] that ``total`` gives each term."""
+        weights = [self.weights[name] * (1.0 if name == "cross_entropy" else self.taught_share) for name in names]
+        foretold = torch.tensor(weights, device=device)
+        if self.balance is None:
+            return foretold
+        balance = self.balance
+        learned = [balance[name].detach() if name in balance else foretold.new_zeros(()) for name in names]
+        return foretold * (-torch.stack(learned)).exp()
 
     def _chunk_terms(
-        self, hidden: torch.Tensor, theirs: TeacherRows | None, targets: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Sums over a chunk's rows. hidden [c, D], targets [c]."""
-        logits = self.student.lm_head(hidden)  # [c, V]
-        terms = {}
-        if "cross_entropy" in self.weights:
-            terms["cross_entropy"] = cross_entropy_rows(logits, targets, self.settings.label_smoothing).sum()
+        self, names: list[str], logits: torch.Tensor, theirs: TeacherRows | None, targets: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Sums over a chunk's rows. logits [c, V], targets [c]."""
+        settings, terms = self.settings, []
+        both = None
         if theirs is not None:
-            temperature = self.settings.temperature
-            log_student, log_teacher = theirs.beside(log_probabilities(logits, temperature))  # [c, W]
-            for name, divergence in DIVERGENCES.items():
-                if name in self.weights:
-                    terms[name] = divergence(log_student, log_teacher).sum() * temperature**2
+            both = theirs.beside(log_probabilities(logits, settings.temperature))  # [c, W] each
+        for name in names:
+            if name == "cross_entropy":
+                terms.append(cross_entropy_rows(logits, targets, settings.label_smoothing).sum())
+            else:
+                assert both is not None
+                terms.append(DIVERGENCES[name](*both).sum() * settings.temperature**2)
         return terms
 
     def _image_terms(self, student: Roles, teacher: TeacherView) -> dict[str, torch.Tensor]:
@@ -291,7 +312,7 @@ class AlignKD(nn.Module):
         """ours [n, N, D_S], theirs [n, N, D_T], their_block [n, H_T, R, N]."""
         terms = {}
         if self.visual_map is not None:
-            mapped = self.visual_map(theirs)  # [n, N, D_S]
+            mapped = self.visual_map(theirs.to(ours.dtype))  # [n, N, D_S]
             if "visual" in self.weights:
                 terms["visual"] = visual_mse(ours, mapped)
             if "focus" in self.weights:
@@ -320,6 +341,6 @@ class AlignKD(nn.Module):
             terms["published_attention"] = published_attention(self.head_map)
         if "published_focus" in self.weights:
             assert self.visual_map is not None
-            mapped = self.visual_map(theirs)  # [n, N, D_S]
+            mapped = self.visual_map(theirs.to(ours.dtype))  # [n, N, D_S]
             terms["published_focus"] = published_focus(ours, mapped, vlm, teacher, self.settings.top_k)
         return terms
