@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from distill.fused_rows import FusedRows, can_fuse, sum_of_chunks
 from distill.losses import (
@@ -57,7 +58,7 @@ TERMS = ("cross_entropy", *DIVERGENCES, *ATTENTION_TERMS, *VISUAL_TERMS, *PUBLIS
 HEAD_MAPPED = ("attention", "published_attention")
 TEACHER_MAPPED = ("visual", "focus", "published_focus")
 STUDENT_MAPPED = ("normed_visual",)
-MAX_LOGITS = 1 << 22  # logits of one model alive at a time: 16 MiB in float32
+MAX_LOGITS = 1 << 21  # logits of one model alive at a time: 8 MiB in float32, of which a chunk's terms make ten
 
 
 @dataclass(frozen=True)
@@ -205,15 +206,18 @@ class AlignKD(nn.Module):
                 mask = "all" if published or wanted.groups else wanted.rows or "none"
                 seen = look(self.teacher, *batch, known if images else None, wanted.groups > 0, mask)
                 view = live_view(self.teacher, seen, wanted)
-        terms = self._row_terms(student, view)
-        if view is not None:
-            terms |= self._image_terms(student, view)
+        terms = self.compare(student, view)
         if seen is not None and published:
             terms |= self._published_terms(student, seen)
         if not images and visual is not None:
             first = next(iter(terms))
             terms[first] = terms[first] + 0.0 * self._touch(visual)
         return terms
+
+    def compare(self, student: Roles, teacher: TeacherView | None) -> dict[str, torch.Tensor]:
+        """The student's look at a batch and what the teacher said to it, now or before -> unweighted terms."""
+        terms = self._row_terms(student, teacher)
+        return terms if teacher is None else terms | self._image_terms(student, teacher)
 
     def _uses(self, names: tuple[str, ...]) -> bool:
         return any(name in self.weights for name in names)
@@ -236,7 +240,8 @@ class AlignKD(nn.Module):
         names = [name for name in self.weights if name == "cross_entropy" or (rows is not None and name in DIVERGENCES)]
         if not names:
             return {}
-        size = max(1, MAX_LOGITS // self.student.config.text_config.vocab_size)
+        limit = MAX_LOGITS if hidden.device.type == "cpu" else MAX_LOGITS << 3  # small products do not fill a GPU
+        size = max(1, limit // self.student.config.text_config.vocab_size)
         theirs: Sequence[TeacherRows | None] = [None] * len(targets.split(size)) if rows is None else rows.split(size)
         supervised = (targets != -100).sum().clamp_min(1)
         every = torch.full_like(supervised, max(1, len(targets)))
@@ -267,15 +272,17 @@ class AlignKD(nn.Module):
     ) -> list[torch.Tensor]:
         """Sums over a chunk's rows. logits [c, V], targets [c]."""
         settings, terms = self.settings, []
-        both = None
-        if theirs is not None:
-            both = theirs.beside(log_probabilities(logits, settings.temperature))  # [c, W] each
+        plain = settings.temperature == 1 and settings.label_smoothing == 0
+        log_student = None if theirs is None else log_probabilities(logits, settings.temperature)  # [c, V]
+        both = None if theirs is None or log_student is None else theirs.beside(log_student)  # [c, W] each
         for name in names:
-            if name == "cross_entropy":
-                terms.append(cross_entropy_rows(logits, targets, settings.label_smoothing).sum())
-            else:
+            if name != "cross_entropy":
                 assert both is not None
                 terms.append(DIVERGENCES[name](*both).sum() * settings.temperature**2)
+            elif log_student is not None and plain:  # one softmax for all terms
+                terms.append(F.nll_loss(log_student, targets, ignore_index=-100, reduction="sum"))
+            else:
+                terms.append(cross_entropy_rows(logits, targets, settings.label_smoothing).sum())
         return terms
 
     def _image_terms(self, student: Roles, teacher: TeacherView) -> dict[str, torch.Tensor]:

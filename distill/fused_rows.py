@@ -52,23 +52,23 @@ class FusedRows:
         d_hidden: torch.Tensor | None,
         d_weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Sums of the terms [K]; the gradients of their weighted sum are written into ``d_hidden`` and ``d_weight``."""
+        """Sums of the terms [K]; the gradients of their weighted sum are written into ``d_hidden`` and ``d_weight``.
+
+        Called with gradients off.
+        """
         sums: torch.Tensor | None = None
         for first in range(0, max(1, len(hidden)), self.chunk_rows):
             last = min(first + self.chunk_rows, len(hidden))
-            part = hidden[first:last].detach()  # [c, D]
-            with torch.no_grad():
-                logits = self.lm_head(part)  # [c, V]
+            part = hidden[first:last]  # [c, D]
+            logits = self.lm_head(part)  # [c, V]
             if d_hidden is None and d_weight is None:
-                with torch.no_grad():
-                    values = self.terms(logits, first, last)
+                values = self.terms(logits, first, last)
             else:
                 with torch.enable_grad():
                     values = self.terms(logits.requires_grad_(True), first, last)
                     (slope,) = torch.autograd.grad((values * term_weights).sum(), logits)  # [c, V]
-                logits = logits.detach()
                 if d_hidden is not None:
-                    d_hidden[first:last] = slope @ weight.detach()
+                    d_hidden[first:last] = slope @ weight
                 if d_weight is not None:
                     _add_product(d_weight, slope.t(), part, first == 0)
                 del slope

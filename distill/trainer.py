@@ -123,6 +123,7 @@ class DistillTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Weighted sum of the terms; every ``grad_norm_steps`` each term's own gradient norm as well."""
+        self.align.taught_share = self._taught_share()
         terms = model(**inputs)
         every = self._config.grad_norm_steps
         if every and self.state.global_step % every == 0:
