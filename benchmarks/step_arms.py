@@ -1,4 +1,4 @@
-"""Shape, batch size, device, arithmetic -> the arms that are compared: name -> a function that returns one step's loss."""
+"""Shape, batch size, device, arithmetic -> the arms to compare: name -> a function that returns one step's loss."""
 
 from __future__ import annotations
 

@@ -116,7 +116,9 @@ class AlignKD(nn.Module):
         self.taught_share = 1.0  # what ``total`` is going to be called with; a wrong guess costs time, nothing else
         self.freeze_tower = freeze_tower
         self._teacher = (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        self.shares_tower = teacher is not None and freeze_tower and tower_hash(teacher) == tower_hash(student, teacher.dtype)
+        self.shares_tower = (
+            teacher is not None and freeze_tower and tower_hash(teacher) == tower_hash(student, teacher.dtype)
+        )
         self.head_map: nn.Conv2d | None = None
         self.visual_map: nn.Linear | None = None
         self.student_map: nn.Linear | None = None
