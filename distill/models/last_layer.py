@@ -17,6 +17,8 @@ def can_skip(decoder: nn.Module) -> bool:
     """
     if not isinstance(decoder, LlamaModel) or decoder.config._attn_implementation != "sdpa":
         return False
+    if decoder.config.attention_dropout:
+        return False
     layer = decoder.layers[-1]
     if not isinstance(layer, LlamaDecoderLayer):
         return False
