@@ -58,7 +58,7 @@ TERMS = ("cross_entropy", *DIVERGENCES, *ATTENTION_TERMS, *VISUAL_TERMS, *PUBLIS
 HEAD_MAPPED = ("attention", "published_attention")
 TEACHER_MAPPED = ("visual", "focus", "published_focus")
 STUDENT_MAPPED = ("normed_visual",)
-MAX_LOGITS = 1 << 21  # logits of one model alive at a time: 8 MiB in float32, of which a chunk's terms make ten
+MAX_LOGITS = 1 << 20  # logits of one model alive at a time: 4 MiB in float32, of which a chunk's terms make a dozen
 
 
 @dataclass(frozen=True)

@@ -40,15 +40,15 @@ class FusedRows:
     def __call__(self, hidden: torch.Tensor, foretold: torch.Tensor) -> torch.Tensor:
         """Hidden states [S, D], the weight [K] that the backward pass will give each term -> sums over rows [K]."""
         if not torch.is_grad_enabled():
-            return self.run(hidden, self.lm_head.weight, None, None, None)
-        sums: torch.Tensor = _Fused.apply(self, hidden, self.lm_head.weight, foretold)  # type: ignore[no-untyped-call]
+            return self.run(hidden, self.lm_head.weight, foretold, None, None)
+        sums: torch.Tensor = _Fused.apply(self, hidden, self.lm_head.weight, foretold)
         return sums
 
     def run(
         self,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        term_weights: torch.Tensor | None,
+        term_weights: torch.Tensor,
         d_hidden: torch.Tensor | None,
         d_weight: torch.Tensor | None,
     ) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""A LLaMA decoder and positions -> its last layer run on these rows alone: their queries, every position's keys."""
+"""A LLaMA decoder and positions -> hidden states there, with little kept and the last layer run on these rows alone."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
@@ -36,7 +37,12 @@ def states_at(decoder: LlamaModel, states: torch.Tensor, wanted: torch.Tensor) -
     position = torch.arange(states.shape[1], device=states.device)[None]  # [1, L]
     turns = decoder.rotary_emb(states, position_ids=position)  # cos, sin [1, L, d]
     for layer in decoder.layers[:-1]:
-        states = layer(states, attention_mask=None, position_embeddings=turns, position_ids=position)  # [B, L, D]
+        assert isinstance(layer, LlamaDecoderLayer)
+        if layer.gradient_checkpointing and layer.training:
+            states = layer(states, attention_mask=None, position_embeddings=turns, position_ids=position)  # [B, L, D]
+            continue
+        mixed, _ = layer.self_attn(layer.input_layernorm(states), position_embeddings=turns, attention_mask=None)
+        states = _add_mlp(layer, states + mixed)  # [B, L, D]
     last = decoder.layers[-1]
     assert isinstance(last, LlamaDecoderLayer)
     found = decoder.norm(layer_rows(last, states, turns, wanted))  # [S, D]
@@ -70,4 +76,21 @@ def layer_rows(
         scale=attention.scaling,
     )  # [B, H, R, d]
     own = states[sample, column] + attention.o_proj(mixed.transpose(1, 2)[sample, slot].flatten(1))  # [S, D]
-    return own + layer.mlp(layer.post_attention_layernorm(own))
+    return _add_mlp(layer, own)
+
+
+def _add_mlp(layer: LlamaDecoderLayer, states: torch.Tensor) -> torch.Tensor:
+    """The layer's second half, any shape [..., D].
+
+    Its activation and product are made again in the backward pass, two elementwise operations, instead of kept: half of
+    what the MLP would keep, a quarter of the layer's. (The checkpoint stops before the matrix product.)
+    """
+    mlp, normed = layer.mlp, layer.post_attention_layernorm(states)
+
+    def out(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return mlp.down_proj(mlp.act_fn(gate) * up)
+
+    gate, up = mlp.gate_proj(normed), mlp.up_proj(normed)  # [..., I]
+    if not torch.is_grad_enabled():
+        return states + out(gate, up)
+    return states + checkpoint(out, gate, up, use_reentrant=False, preserve_rng_state=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from distill.align_kd import AlignKD
@@ -43,6 +44,45 @@ def test_rows_and_gradients_are_those_of_the_whole_decoder(
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-3)
 
 
+def test_the_mlp_keeps_half_and_runs_no_matrix_product_again(student: MobileVlm, mixed: Batch) -> None:
+    batch = (mixed["input_ids"], mixed["attention_mask"], mixed["labels"])
+    kept, products = [], []
+    for mask in ("answer", "all"):
+        visual = student.encode_images(mixed["pixel_values"]).detach()
+        held: set[int] = set()
+
+        def pack(tensor: torch.Tensor, held: set[int] = held) -> torch.Tensor:
+            if tensor.shape[-1] == student.config.text_config.intermediate_size and tensor.shape[0] != 64:
+                held.add(tensor.data_ptr())
+            return tensor
+
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                seen = look(student, *batch, visual, mask=mask)
+            rows = predicting_rows(seen, "answer")[0]
+            rows.sum().backward()
+        kept.append(len(held))
+        products.append(counter.get_total_flops())
+    assert kept == [0, 8]  # inside the checkpoint nothing is packed; otherwise four a layer
+    assert products[0] < products[1]
+
+
+def test_gradient_checkpointing_is_still_the_layers_own(student: MobileVlm, mixed: Batch) -> None:
+    batch = (mixed["input_ids"], mixed["attention_mask"], mixed["labels"])
+    visual = student.encode_images(mixed["pixel_values"]).detach()
+    ran: list[bool] = []
+    student.language_model.layers[0].register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+    plain = look(student, *batch, visual, mask="answer").hidden
+    assert ran == []
+    student.train()
+    student.gradient_checkpointing_enable()
+    checked = look(student, *batch, visual, mask="answer").hidden
+    assert len(ran) == 1
+    torch.testing.assert_close(checked, plain)
+    checked.sum().backward()
+    assert len(ran) == 2
+
+
 def test_only_a_plain_sdpa_decoder_skips(student: MobileVlm) -> None:
     assert can_skip(student.language_model)
     student.language_model.set_attn_implementation("eager")  # without a mask it would look ahead
@@ -52,7 +92,7 @@ def test_only_a_plain_sdpa_decoder_skips(student: MobileVlm) -> None:
 def test_a_decoder_that_no_term_needs_does_not_run(student: MobileVlm, teacher: MobileVlm, mixed: Batch) -> None:
     ran: list[str] = []
     for name, vlm in (("student", student), ("teacher", teacher)):
-        vlm.language_model.layers[0].register_forward_hook(lambda *_, name=name: ran.append(name))
+        vlm.language_model.layers[0].self_attn.register_forward_hook(lambda *_, name=name: ran.append(name))
     weights = {"cross_entropy": 1.0, "attention": 1.0, "visual": 1.0, "focus": 1.0}
     found = AlignKD(student, teacher, weights)(**mixed)
     assert ran == ["student"]
