@@ -33,8 +33,8 @@ def published_loss(module: AlignKD, batch: dict[str, torch.Tensor]) -> torch.Ten
     )  # every position, prompt and image too
     vision, text = ours.kinds == VISION_KIND, ours.kinds == TEXT_KIND
     upper = (vision[:, :, None] & text[:, None, :])[:, None]  # [B, 1, L, L] vision queries, text keys after them: all 0
-    attention = F.mse_loss(module.head_map(their_maps[0] * upper), our_maps[0] * upper)
-    mapped = module.visual_map(theirs.visual_tokens)  # [n, N, D_S]
+    attention = F.mse_loss(module.head_map(their_maps[0].float() * upper), our_maps[0] * upper)
+    mapped = module.visual_map(theirs.visual_tokens.to(ours.visual_tokens.dtype))  # [n, N, D_S]
     visual = F.mse_loss(mapped, ours.visual_tokens)
     columns = vision.nonzero()[:, 1].view(len(mapped), -1)  # [n, N]
     block = their_maps[0].gather(3, columns[:, None, None].expand(-1, their_maps[0].shape[1], vision.shape[1], -1))

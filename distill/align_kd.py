@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
 
 from distill.bridge import on_students_grid
+from distill.fused_rows import FusedRows, can_fuse, sum_of_chunks
 from distill.losses import (
     RowDivergence,
     adaptive_kl_rows,
@@ -59,7 +60,7 @@ TERMS = ("cross_entropy", *DIVERGENCES, *ATTENTION_TERMS, *VISUAL_TERMS, *PUBLIS
 HEAD_MAPPED = ("attention", "published_attention")
 TEACHER_MAPPED = ("visual", "focus", "published_focus")
 STUDENT_MAPPED = ("normed_visual",)
-MAX_LOGITS = 1 << 22  # logits of one model alive at a time: 16 MiB in float32
+MAX_LOGITS = 1 << 20  # logits of one model alive at a time: 4 MiB in float32, of which a chunk's terms make a dozen
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class AlignKD(nn.Module):
         for parameter in unused_tower_parameters(student):
             parameter.requires_grad_(False)
         self.weights, self.settings = dict(weights), settings or TermSettings()
+        self.taught_share = 1.0  # what ``total`` is going to be called with; a wrong guess costs time, nothing else
         if student.config.text_config.tie_word_embeddings:  # safetensors keeps no tensor twice
             self.register_state_dict_post_hook(_without_tied_head)
         self.freeze_tower = freeze_tower
@@ -123,7 +125,7 @@ class AlignKD(nn.Module):
         on_paper = student.device.type == "meta"  # a plan of a run, without weights to compare
         self.shares_tower = False
         if teacher is not None and freeze_tower and same_pictures:
-            self.shares_tower = on_paper or tower_hash(teacher) == tower_hash(student)
+            self.shares_tower = on_paper or tower_hash(teacher) == tower_hash(student, teacher.dtype)
         self.head_map: nn.Conv2d | None = None
         self.visual_map: nn.Linear | None = None
         self.student_map: nn.Linear | None = None
@@ -206,7 +208,9 @@ class AlignKD(nn.Module):
         batch = (input_ids, attention_mask, labels)
         features = self._features(self.student, pixel_values, image_features)
         visual = None if features is None else self.student.projector(features.to(self.student.dtype))  # [n, N, D_S]
-        student = look(self.student, *batch, visual if images else None, wanted.groups > 0)
+        published = self._uses(PUBLISHED_TERMS)  # they look at every position
+        mask = "all" if published else wanted.rows or "answer"
+        student = look(self.student, *batch, visual if images else None, wanted.groups > 0, mask)
         view, seen = None, None
         if self.teacher is not None:
             with torch.no_grad():
@@ -220,19 +224,23 @@ class AlignKD(nn.Module):
                     theirs = torch.where(
                         input_ids == self.student.image_token_id, self.teacher.image_token_id, input_ids
                     )
-                    seen = look(self.teacher, theirs, attention_mask, labels, known, wanted.groups > 0)
+                    mask = "all" if published or wanted.groups else wanted.rows or "none"
+                    seen = look(self.teacher, theirs, attention_mask, labels, known, wanted.groups > 0, mask)
                     view = live_view(self.teacher, seen, wanted)
                 else:
                     view = TeacherView(visual=known)
-        terms = self._row_terms(student, view)
-        if view is not None:
-            terms |= self._image_terms(student, view)
-        if seen is not None and self._uses(PUBLISHED_TERMS):
+        terms = self.compare(student, view)
+        if seen is not None and published:
             terms |= self._published_terms(student, seen)
         if not images and visual is not None:
             first = next(iter(terms))
             terms[first] = terms[first] + 0.0 * self._touch(visual)
         return terms
+
+    def compare(self, student: Roles, teacher: TeacherView | None) -> dict[str, torch.Tensor]:
+        """The student's look at a batch and what the teacher said to it, now or before -> unweighted terms."""
+        terms = self._row_terms(student, teacher)
+        return terms if teacher is None else terms | self._image_terms(student, teacher)
 
     def _uses(self, names: tuple[str, ...]) -> bool:
         return any(name in self.weights for name in names)
@@ -252,32 +260,52 @@ class AlignKD(nn.Module):
         """Cross entropy and divergences, lm_head and both softmaxes run on predicting rows alone, a chunk at a time."""
         rows = None if teacher is None else teacher.rows
         hidden, targets = predicting_rows(student, self.settings.mask if rows is not None else "answer")  # [S, D], [S]
-        size = max(1, MAX_LOGITS // self.student.config.text_config.vocab_size)
-        split = hidden.split(size)
-        theirs = [None] * len(split) if rows is None else rows.split(size)
-        chunks = zip(split, theirs, targets.split(size), strict=True)
-        if len(targets) <= size:
-            parts = [self._chunk_terms(*chunk) for chunk in chunks]
-        else:  # recomputed in the backward pass, so that no two chunks' logits are alive together
-            parts = [checkpoint(self._chunk_terms, *chunk, use_reentrant=False) for chunk in chunks]
+        names = [name for name in self.weights if name == "cross_entropy" or (rows is not None and name in DIVERGENCES)]
+        if not names:
+            return {}
+        limit = MAX_LOGITS if hidden.device.type == "cpu" else MAX_LOGITS << 3  # small products do not fill a GPU
+        size = max(1, limit // self.student.config.text_config.vocab_size)
+        theirs: Sequence[TeacherRows | None] = [None] * len(targets.split(size)) if rows is None else rows.split(size)
         supervised = (targets != -100).sum().clamp_min(1)
-        count = {name: supervised if name == "cross_entropy" else max(1, len(targets)) for name in parts[0]}
-        return {name: torch.stack([part[name] for part in parts]).sum() / count[name] for name in parts[0]}
+        every = torch.full_like(supervised, max(1, len(targets)))
+        count = torch.stack([supervised if name == "cross_entropy" else every for name in names])  # [K]
+
+        def chunk_terms(logits: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            terms = self._chunk_terms(names, logits, theirs[first // size], targets[first:last])
+            return torch.stack(terms) / count  # [K]
+
+        if can_fuse(self.student.lm_head):
+            sums = FusedRows(self.student.lm_head, chunk_terms, size)(hidden, self._foretold(names, hidden.device))
+        else:  # recomputed in the backward pass, so that no two chunks' logits are alive together
+            sums = sum_of_chunks(self.student.lm_head, chunk_terms, size, hidden)
+        return dict(zip(names, sums, strict=True))
+
+    def _foretold(self, names: list[str], device: torch.device) -> torch.Tensor:
+        """The weight [K] that ``total`` gives each term."""
+        weights = [self.weights[name] * (1.0 if name == "cross_entropy" else self.taught_share) for name in names]
+        foretold = torch.tensor(weights, device=device)
+        if self.balance is None:
+            return foretold
+        balance = self.balance
+        learned = [balance[name].detach() if name in balance else foretold.new_zeros(()) for name in names]
+        return foretold * (-torch.stack(learned)).exp()
 
     def _chunk_terms(
-        self, hidden: torch.Tensor, theirs: TeacherRows | None, targets: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Sums over a chunk's rows. hidden [c, D], targets [c]."""
-        logits = self.student.lm_head(hidden)  # [c, V]
-        terms = {}
-        if "cross_entropy" in self.weights:
-            terms["cross_entropy"] = cross_entropy_rows(logits, targets, self.settings.label_smoothing).sum()
-        if theirs is not None:
-            temperature = self.settings.temperature
-            log_student, log_teacher = theirs.beside(log_probabilities(logits, temperature))  # [c, W]
-            for name, divergence in DIVERGENCES.items():
-                if name in self.weights:
-                    terms[name] = divergence(log_student, log_teacher).sum() * temperature**2
+        self, names: list[str], logits: torch.Tensor, theirs: TeacherRows | None, targets: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Sums over a chunk's rows. logits [c, V], targets [c]."""
+        settings, terms = self.settings, []
+        plain = settings.temperature == 1 and settings.label_smoothing == 0
+        log_student = None if theirs is None else log_probabilities(logits, settings.temperature)  # [c, V]
+        both = None if theirs is None or log_student is None else theirs.beside(log_student)  # [c, W] each
+        for name in names:
+            if name != "cross_entropy":
+                assert both is not None
+                terms.append(DIVERGENCES[name](*both).sum() * settings.temperature**2)
+            elif log_student is not None and plain:  # one softmax for all terms
+                terms.append(F.nll_loss(log_student, targets, ignore_index=-100, reduction="sum"))
+            else:
+                terms.append(cross_entropy_rows(logits, targets, settings.label_smoothing).sum())
         return terms
 
     def _image_terms(self, student: Roles, teacher: TeacherView) -> dict[str, torch.Tensor]:
@@ -315,7 +343,7 @@ class AlignKD(nn.Module):
         """ours [n, N, D_S], theirs [n, N, D_T], their_block [n, H_T, R, N]."""
         terms, theirs = {}, theirs.to(ours.dtype)  # a teacher may be held in bfloat16
         if self.visual_map is not None:
-            mapped = self.visual_map(theirs)  # [n, N, D_S]
+            mapped = self.visual_map(theirs.to(ours.dtype))  # [n, N, D_S]
             if "visual" in self.weights:
                 terms["visual"] = visual_mse(ours, mapped)
             if "focus" in self.weights:
@@ -344,7 +372,7 @@ class AlignKD(nn.Module):
             terms["published_attention"] = published_attention(self.head_map)
         if "published_focus" in self.weights:
             assert self.visual_map is not None
-            mapped = self.visual_map(theirs)  # [n, N, D_S]
+            mapped = self.visual_map(theirs.to(ours.dtype))  # [n, N, D_S]
             terms["published_focus"] = published_focus(ours, mapped, vlm, teacher, self.settings.top_k)
         return terms
 

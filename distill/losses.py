@@ -203,7 +203,8 @@ def focus_tokens(attention: torch.Tensor, row_mask: torch.Tensor, top_k: int) ->
 
 def log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """log softmax of logits / temperature in float32."""
-    return (logits.float() / temperature).log_softmax(-1)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature  # [S, V], no copy for nothing
+    return scaled.log_softmax(-1)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -147,6 +147,7 @@ class DistillTrainer(Trainer):
         bad_rows = inputs.pop(BAD_ROWS, None)
         if bad_rows is not None:
             self._bad_images.meet(bad_rows.tolist(), self.state.global_step)
+        self.align.taught_share = self._taught_share()
         terms = model(**inputs)
         every = self._config.grad_norm_steps
         if self.measures_gradients and self.state.global_step % every == 0:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import Qwen2Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from distill.models.last_layer import can_skip, states_at
 from distill.models.mobilevlm import PADDING_KIND, TEXT_KIND, VISION_KIND, Expanded, MobileVlm
 
 
@@ -35,7 +37,7 @@ class Roles:
     """One model's view of a batch."""
 
     expanded: Expanded
-    hidden: torch.Tensor  # [B, L, D] after the final norm
+    hidden: torch.Tensor  # [B, L, D] after the final norm; [B, 0, D] where no layer was run
     layer_inputs: tuple[torch.Tensor, ...]  # [B, L, D] what decoder layer 0, or every layer, reads
 
 
@@ -46,6 +48,7 @@ def look(
     labels: torch.Tensor,
     visual_tokens: torch.Tensor | None,
     every_layer: bool = False,
+    mask: str = "all",
 ) -> Roles:
     """Run the decoder once, without lm_head.
 
@@ -53,8 +56,16 @@ def look(
         input_ids, attention_mask, labels: [B, T].
         visual_tokens: [n, N, D] of the batch's images in reading order; None for a text-only batch.
         every_layer: keep the input of every decoder layer, not of the first alone.
+        mask: of ``predicting_rows``: hidden states of other positions may be left 0; "none" leaves all of them out and
+            runs no decoder layer.
     """
     expanded = vlm.expand(input_ids, attention_mask, visual_tokens, labels)
+    decoder, embedded = vlm.language_model, expanded.inputs_embeds
+    if mask == "none":
+        return Roles(expanded, embedded.new_zeros(len(embedded), 0, embedded.shape[-1]), (embedded,))
+    if mask != "all" and not every_layer and can_skip(decoder):
+        wanted = F.pad(predicting(expanded, mask), (0, 1))  # [B, L]
+        return Roles(expanded, states_at(decoder, embedded, wanted), (embedded,))
     # rows are right-padded, so the causal rule alone hides padding from real positions: no mask, SDPA's fast path
     output = vlm.language_model(inputs_embeds=expanded.inputs_embeds, use_cache=False, output_hidden_states=every_layer)
     inputs = output.hidden_states[:-1] if every_layer else (expanded.inputs_embeds,)
@@ -129,25 +140,32 @@ def predicting_rows(roles: Roles, mask: str = "answer") -> tuple[torch.Tensor, t
     Returns:
         Hidden states [S, D], and the supervised next tokens [S], -100 where the next token is not supervised.
     """
-    labels, kinds = roles.expanded.labels, roles.expanded.kinds
+    kept, labels = predicting(roles.expanded, mask), roles.expanded.labels
     assert labels is not None
-    targets = labels[:, 1:]
-    kept = targets != -100  # [B, L - 1]
+    return roles.hidden[:, :-1][kept], labels[:, 1:][kept]
+
+
+def predicting(expanded: Expanded, mask: str) -> torch.Tensor:
+    """[B, L - 1], True on the positions that ``predicting_rows`` keeps."""
+    labels, kinds = expanded.labels, expanded.kinds
+    assert labels is not None
+    kept = labels[:, 1:] != -100
     if mask == "answer+vision":
-        kept = kept | (kinds[:, :-1] == VISION_KIND)
-    elif mask == "all":
-        kept = kinds[:, 1:] != PADDING_KIND
-    return roles.hidden[:, :-1][kept], targets[kept]
+        return kept | (kinds[:, :-1] == VISION_KIND)
+    return kinds[:, 1:] != PADDING_KIND if mask == "all" else kept
 
 
-def tower_hash(vlm: MobileVlm) -> str:
-    """SHA-256 over the tower's weights and what is read of it: equal hashes give equal features of equal pixels."""
+def tower_hash(vlm: MobileVlm, dtype: torch.dtype = torch.float32) -> str:
+    """SHA-256 over the tower's weights and what is read of it: equal hashes give equal features of equal pixels.
+
+    ``dtype``: hash the weights as they would be held in it, to compare with a tower that is.
+    """
     config = vlm.config
     digest = hashlib.sha256(f"{config.vision_config.model_type} {config.tower_states}".encode())
     digest.update(config.vision_select_strategy.encode())
     for name, tensor in sorted(vlm.vision_tower.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().to(dtype).float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

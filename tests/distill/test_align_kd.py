@@ -285,3 +285,19 @@ def test_gradient_norms_are_those_of_each_weighted_term(student: MobileVlm, teac
         squares = [p.grad.square().sum() for p in module.student.parameters() if p.grad is not None]
         assert norms[name] == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-4)
         assert norms[name] > 0
+
+
+def test_a_teacher_in_half_precision_shares_the_tower_and_says_nearly_the_same(
+    student: MobileVlm, teacher: MobileVlm, mixed: Batch
+) -> None:
+    weights = dict.fromkeys(TERMS, 1.0)
+    exact = AlignKD(student, teacher, weights)
+    expected = exact(**mixed)
+    module = AlignKD(student, teacher.to(torch.bfloat16), weights)
+    assert module.shares_tower
+    terms = module(**mixed)
+    module.total(terms).backward()
+    assert all(value.dtype == torch.float32 for value in terms.values())
+    for name in ("cross_entropy", "reverse_kl", "attention", "attention_kl", "visual", "normed_visual", "relation"):
+        assert terms[name].item() == pytest.approx(expected[name].item(), rel=0.03), name
+    assert terms["cross_entropy"].item() == expected["cross_entropy"].item()
