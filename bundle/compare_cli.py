@@ -6,12 +6,9 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bundle.agreement import COMPARED_STAGES, Comparison
 from bundle.errors import VerificationError
-
-if TYPE_CHECKING:
-    from bundle.compare import Comparison
 
 
 def print_comparison(
@@ -78,8 +75,6 @@ def _print(first: Path, second: Path, found: Comparison) -> None:
 
 
 def _lines(found: Comparison) -> list[str]:
-    from bundle.compare import COMPARED_STAGES
-
     errors = {stage: found.worst(stage) for stage in COMPARED_STAGES}
     shown = ", ".join(f"{stage} {'other shape' if e is None else f'{e:.2e}'}" for stage, e in errors.items())
     lines = [
@@ -99,8 +94,6 @@ def _lines(found: Comparison) -> list[str]:
 
 
 def _as_json(first: Path, second: Path, found: Comparison, problem: str | None) -> dict[str, object]:
-    from bundle.compare import COMPARED_STAGES
-
     def finite(number: float | None) -> float | None:
         return number if number is not None and math.isfinite(number) else None
 

@@ -29,7 +29,11 @@ TABLES = ("rotary_", "cos", "sin")
 
 def record_constants(bundle: Path, manifest: Manifest) -> None:
     """Write the digests of the bundle under construction."""
-    digests = {name: constant_digests(bundle, manifest, name) for name in manifest.graphs}
+    by_path: dict[str, Digests] = {}  # the methods of a .pte are one file
+    for name, graph in manifest.graphs.items():
+        if graph.path not in by_path:
+            by_path[graph.path] = constant_digests(bundle, manifest, name)
+    digests = {name: by_path[graph.path] for name, graph in manifest.graphs.items()}
     write_text_whole(bundle / CONSTANTS_FILE, json.dumps(digests, indent=0, sort_keys=True) + "\n")
 
 

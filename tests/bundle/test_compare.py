@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from bundle import verify_cli
-from bundle.compare import compare_bundles, divergence_of
+from bundle.agreement import divergence_of
+from bundle.compare import compare_bundles
 from bundle.manifest import Manifest, read_manifest, write_manifest
 from bundle.runtimes import registry
 from bundle.runtimes.contract import Floats
