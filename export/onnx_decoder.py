@@ -54,6 +54,7 @@ def write_embedding(writer: ModelWriter, vlm: MobileVlm, path: str) -> Graph:
 def write_decoder(writer: ModelWriter, vlm: MobileVlm, context_length: int, path: str) -> Graph:
     """inputs_embeds [1, T, D], past keys and values -> logits of the last row [1, 1, V], present keys and values."""
     config, shape = vlm.config.text_config, model_shape(vlm, context_length)
+    assert isinstance(config, LlamaConfig)  # export/frame.py lets no other through
     _check(config)
     graph = _declare(writer, shape, path)
     lengths = _lengths(writer)

@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def write_vision_encoder(writer: ModelWriter, vlm: MobileVlm, path: str) -> Graph:
     """Write the graph of ``vlm.encode_images`` for one image."""
     config, hidden = vlm.config.vision_config, vlm.config.text_config.hidden_size
+    assert isinstance(config, CLIPVisionConfig)  # export/frame.py lets no other through
     if config.hidden_act not in ACTIVATIONS:
         raise UsageError(
             f"vision hidden_act '{config.hidden_act}' is not supported on onnx; supported: {', '.join(ACTIVATIONS)}"

@@ -100,7 +100,8 @@ class _Rendered:
             return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
         def render(messages: list[Message], ready: bool) -> str:
-            texts, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=ready, **names)
+            rendered: Any = render_jinja_template  # annotated as a text, returns texts and spans
+            texts, _ = rendered([messages], chat_template=template, add_generation_prompt=ready, **names)
             return str(texts[0])
 
         answer = {"role": "assistant", "content": [{"type": "text", "text": ANSWER}] if parts else ANSWER}

@@ -164,11 +164,11 @@ def _open_ours(folder: Path, config: dict[str, Any]) -> tuple[MobileVlmConfig, d
     return MobileVlmConfig.from_dict(config), read_weights(folder)
 
 
-def _open_llava(folder: Path, raw: dict[str, Any]) -> tuple[MobileVlmConfig, dict[str, StoredTensor]]:
-    config = llava_config(raw, folder)
+def _open_llava(folder: Path, config: dict[str, Any]) -> tuple[MobileVlmConfig, dict[str, StoredTensor]]:
+    ours = llava_config(config, folder)
     stored = {name: tensor for name, tensor in read_weights(folder).items() if not name.endswith(IGNORED_SUFFIXES)}
-    names, config.llava_names = our_names(stored, folder)
-    return config, {names[name]: tensor for name, tensor in stored.items()}
+    names, ours.llava_names = our_names(stored, folder)
+    return ours, {names[name]: tensor for name, tensor in stored.items()}
 
 
 def _open_published(folder: Path, config: dict[str, Any]) -> tuple[MobileVlmConfig, dict[str, StoredTensor]]:

@@ -45,13 +45,14 @@ def llava_config(raw: dict[str, Any], folder: Path) -> MobileVlmConfig:
                 f"{folder}: {part} model_type '{kind}' is not supported; supported: {', '.join(sorted(kinds))}"
             )
     theirs = LlavaConfig.from_dict(raw)
-    text = theirs.text_config
+    text: Any = theirs.text_config  # both parts are configs by now, of the kinds that were checked
+    vision: Any = theirs.vision_config
     text.tie_word_embeddings = theirs.tie_word_embeddings
     if text.pad_token_id is None:
         text.pad_token_id = raw.get("pad_token_id")
     return MobileVlmConfig(
         text_config=text,
-        vision_config=theirs.vision_config,
+        vision_config=vision,
         vision_select_layer=theirs.vision_feature_layer,
         vision_select_strategy=theirs.vision_feature_select_strategy,
         projector_type=PROJECTOR,
@@ -69,7 +70,7 @@ def their_config(vlm: MobileVlm) -> LlavaConfig:
         text_config=config.text_config,
         vision_config=config.vision_config,
         vision_feature_layer=config.vision_select_layer,
-        vision_feature_select_strategy=config.vision_select_strategy,
+        vision_feature_select_strategy="full" if config.vision_select_strategy == "full" else "default",
         projector_hidden_act=config.projector_activation,
         multimodal_projector_bias=config.projector_bias,
         image_token_index=config.image_token_id,
