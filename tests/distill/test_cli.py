@@ -150,7 +150,7 @@ def test_bad_data(command: Command, models: Path, make_data: MakeData) -> None:
     refused(run(models / "none.json"), "none.json does not exist", "alignkd-data make-demo")
     wrong = models / "wrong.json"
     wrong.write_text('{"a": 1}')
-    refused(run(wrong), "wrong.json holds a JSON dict", "conversations")
+    refused(run(wrong), 'wrong.json row 0 is {"a": 1}', "conversations")
     refused(run(make_data(lambda rows: rows[3].update(image="images/none.png"))), "row 3", "none.png does not exist")
     data = make_data()
     (data.parent / "images" / "5.png").write_bytes(b"\x89PNG broken")
