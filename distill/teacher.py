@@ -28,9 +28,10 @@ GROUP_SIZE = 32  # columns that share one scale at 4 bits
 
 def chosen_processing(processing: Processing, config: DistillConfig) -> Processing:
     """A checkpoint's processing with the template and image strategy that the settings name."""
-    prompt = TEMPLATES[config.template] if config.template else processing.prompt
+    if config.template:  # instead of the checkpoint's own chat template, if it has one
+        processing = replace(processing, prompt=TEMPLATES[config.template], turns=None)
     strategy = config.image_strategy or processing.image.strategy
-    return replace(processing, prompt=prompt, image=processing.image.model_copy(update={"strategy": strategy}))
+    return replace(processing, image=processing.image.model_copy(update={"strategy": strategy}))
 
 
 def open_teacher(
