@@ -52,10 +52,10 @@ def log_of(output: Path) -> list[dict[str, float]]:
 
 @pytest.fixture
 def alone(words: list[object], folder: Path) -> Path:
-    """One process that accumulates what two see at once."""
+    """One process with batches of what two see at once."""
     output = folder / "alone"
     if not output.exists():
-        succeeded([start([*words, "--output", output, "--gradient-accumulation", 2], folder)])
+        succeeded([start([*words, "--output", output, "--batch-size", 4], folder)])
     return output
 
 
