@@ -135,8 +135,8 @@ def meta_module(config: DistillConfig) -> AlignKD:
 
 
 def planned_steps(config: DistillConfig, rows: int, gpus: int) -> tuple[int, int]:
-    """Optimizer steps per epoch and in all, counted as transformers.Trainer counts them."""
-    batches = math.ceil(math.ceil(rows / config.batch_size) / gpus)
+    """Optimizer steps per epoch and in all, counted as transformers.Trainer counts them over ``LengthGroupedOrder``."""
+    batches = math.ceil(rows / config.batch_size) if gpus == 1 else rows // (config.batch_size * gpus)
     per_epoch = max(1, math.ceil(batches / config.gradient_accumulation))
     return per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
 

@@ -88,7 +88,11 @@ class Ranks:
         except BaseException as error:
             if self.count == 1 or isinstance(error, SystemExit):
                 raise
-            if int(_get_default_store().add(FAILED, 1)) > 1:
+            try:
+                failures = int(_get_default_store().add(FAILED, 1))
+            except dist.DistNetworkError:  # the store went down with the process that held it, which said why
+                failures = self.count
+            if failures > 1:
                 raise SystemExit(1) from error
             if isinstance(error, AlignKDError):
                 raise type(error)(f"process {self.index} of {self.count}: {error}") from error

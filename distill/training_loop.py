@@ -209,9 +209,14 @@ class DistillTrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        return LengthGroupedOrder(
-            self._dataset.text_lengths(), self.args.train_batch_size, self._config.seed, self.args.world_size
-        )
+        lengths, size = self._dataset.text_lengths(), self.args.train_batch_size
+        self._order = LengthGroupedOrder(lengths, size, self._config.seed, self.args.world_size)
+        return self._order
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        """The Trainer does not reach our sampler through what accelerate wraps around it in a resumed epoch."""
+        self._order.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also what the log has summed; the Trainer's state, which marks a whole checkpoint, is written after this."""
