@@ -17,11 +17,12 @@ from distill.losses import (
     attention_mse,
     cosine_rows,
     cross_entropy_rows,
-    focus_mse,
+    focus_tokens,
     forward_kl_rows,
     jensen_shannon_rows,
     log_probabilities,
     normed_visual_mse,
+    picked_mse,
     relation_distance,
     reverse_kl_rows,
     skew_kl_rows,
@@ -39,7 +40,8 @@ from distill.models.roles import (
     unused_tower_parameters,
 )
 from distill.published_code import published_attention, published_focus, published_logits
-from distill.teacher_view import TeacherRows, TeacherView, Wanted, live_view
+from distill.recorded_view import recorded_view
+from distill.teacher_view import TeacherRows, TeacherShape, TeacherView, Wanted, live_view
 
 DIVERGENCES: dict[str, RowDivergence] = {
     "reverse_kl": reverse_kl_rows,
@@ -86,12 +88,13 @@ class AlignKD(nn.Module):
 
     Args:
         student: trained in place; its tower stays frozen unless ``freeze_tower`` is False.
-        teacher: frozen; None when ``weights`` name cross entropy alone.
+        teacher: frozen; None when ``weights`` name cross entropy alone, or when batches bring what it said, recorded.
         weights: term -> weight; terms that are absent are not computed.
         settings: what the terms are computed with.
         learned_balance: the distillation terms' weights are learned as the terms' uncertainties (Kendall et al. 2018):
             each counts as ``weight * (exp(-s) * term + s)`` with one trained ``s`` a term, which starts at 0.
         seed: of the adapters' initial values.
+        recorded_teacher: sizes of the teacher whose recording the batches bring.
     """
 
     def __init__(
@@ -103,10 +106,11 @@ class AlignKD(nn.Module):
         freeze_tower: bool = True,
         learned_balance: bool = False,
         seed: int = 0,
+        recorded_teacher: TeacherShape | None = None,
     ) -> None:
         super().__init__()
         assert set(weights) <= set(TERMS), weights
-        assert teacher is not None or set(weights) <= {"cross_entropy"}
+        assert teacher is not None or recorded_teacher is not None or set(weights) <= {"cross_entropy"}
         self.student = student.requires_grad_(True)
         student.vision_tower.requires_grad_(not freeze_tower)
         for parameter in unused_tower_parameters(student):
@@ -120,21 +124,24 @@ class AlignKD(nn.Module):
         self.student_map: nn.Linear | None = None
         self.balance: nn.ParameterDict | None = None
         if teacher is not None:
-            self._make_adapters(teacher, seed)
+            text = teacher.config.text_config
+            recorded_teacher = TeacherShape(text.num_attention_heads, text.hidden_size)
+        if recorded_teacher is not None:
+            self._make_adapters(recorded_teacher, seed)
         if learned_balance:
             taught = [name for name in self.weights if name != "cross_entropy"]
             self.balance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in taught})
 
-    def _make_adapters(self, teacher: MobileVlm, seed: int) -> None:
-        theirs, ours = teacher.config.text_config, self.student.config.text_config
+    def _make_adapters(self, theirs: TeacherShape, seed: int) -> None:
+        ours = self.student.config.text_config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if self._uses(HEAD_MAPPED):
-                self.head_map = nn.Conv2d(theirs.num_attention_heads, ours.num_attention_heads, 1)
+                self.head_map = nn.Conv2d(theirs.heads, ours.num_attention_heads, 1)
             if self._uses(TEACHER_MAPPED):
-                self.visual_map = nn.Linear(theirs.hidden_size, ours.hidden_size)
+                self.visual_map = nn.Linear(theirs.width, ours.hidden_size)
             if self._uses(STUDENT_MAPPED):
-                self.student_map = nn.Linear(ours.hidden_size, theirs.hidden_size)
+                self.student_map = nn.Linear(ours.hidden_size, theirs.width)
         for adapter in (self.head_map, self.visual_map):  # in no optimizer of the published code
             if adapter is not None and self._uses(PUBLISHED_TERMS):
                 adapter.requires_grad_(False)
@@ -177,6 +184,7 @@ class AlignKD(nn.Module):
         labels: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        recorded: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """One batch -> unweighted terms.
 
@@ -186,6 +194,7 @@ class AlignKD(nn.Module):
             image_features: [n, P, D_v], features of a tower that student and teacher share. A batch without an image id
                 may bring one blank image, which adds 0: every trained parameter then takes part in every batch, as
                 training on several processes needs.
+            recorded: what a teacher said to this batch (``distill.recorded_view``), for a module without one.
         """
         wanted = self.wanted
         images = int((input_ids == self.student.image_token_id).sum())
@@ -193,7 +202,7 @@ class AlignKD(nn.Module):
         features = self._features(self.student, pixel_values, image_features)
         visual = None if features is None else self.student.projector(features.to(self.student.dtype))  # [n, N, D_S]
         student = look(self.student, *batch, visual if images else None, wanted.groups > 0)
-        view, seen = None, None
+        view, seen = None if recorded is None else recorded_view(recorded), None
         if self.teacher is not None:
             with torch.no_grad():
                 known = features if self.shares_tower else self._features(self.teacher, pixel_values, image_features)
@@ -251,10 +260,10 @@ class AlignKD(nn.Module):
             terms["cross_entropy"] = cross_entropy_rows(logits, targets, self.settings.label_smoothing).sum()
         if theirs is not None:
             temperature = self.settings.temperature
-            log_student, log_teacher = theirs.beside(log_probabilities(logits, temperature))  # [c, W]
+            sides = theirs.beside(log_probabilities(logits, temperature))
             for name, divergence in DIVERGENCES.items():
                 if name in self.weights:
-                    terms[name] = divergence(log_student, log_teacher).sum() * temperature**2
+                    terms[name] = divergence(*sides.on(name)).sum() * temperature**2
         return terms
 
     def _image_terms(self, student: Roles, teacher: TeacherView) -> dict[str, torch.Tensor]:
@@ -265,7 +274,7 @@ class AlignKD(nn.Module):
         spans = spans_of(student.expanded)
         terms = self._attention_terms(student, teacher, spans)
         if teacher.visual is not None:
-            terms |= self._visual_terms(ours, teacher.visual, teacher.attention, spans)
+            terms |= self._visual_terms(ours, teacher.visual, teacher, spans)
         return terms
 
     def _attention_terms(self, student: Roles, teacher: TeacherView, spans: Spans) -> dict[str, torch.Tensor]:
@@ -286,17 +295,20 @@ class AlignKD(nn.Module):
         return terms
 
     def _visual_terms(
-        self, ours: torch.Tensor, theirs: torch.Tensor, their_block: torch.Tensor | None, spans: Spans
+        self, ours: torch.Tensor, theirs: torch.Tensor, teacher: TeacherView, spans: Spans
     ) -> dict[str, torch.Tensor]:
-        """ours [n, N, D_S], theirs [n, N, D_T], their_block [n, H_T, R, N]."""
+        """ours [n, N, D_S], theirs [n, N, D_T]."""
         terms = {}
         if self.visual_map is not None:
             mapped = self.visual_map(theirs)  # [n, N, D_S]
             if "visual" in self.weights:
                 terms["visual"] = visual_mse(ours, mapped)
             if "focus" in self.weights:
-                assert their_block is not None
-                terms["focus"] = focus_mse(ours, mapped, their_block, spans.row_mask, self.settings.top_k)
+                focus = teacher.focus  # [n, k]
+                if focus is None:
+                    assert teacher.attention is not None
+                    focus = focus_tokens(teacher.attention, spans.row_mask, self.settings.top_k)
+                terms["focus"] = picked_mse(ours, mapped, focus)
         if self.student_map is not None:
             terms["normed_visual"] = normed_visual_mse(self.student_map(ours), theirs)
         if "relation" in self.weights:
