@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -131,22 +131,39 @@ class ImageStore:
             raise UsageError(f"row {row.number}: {error}") from error
 
 
+class Recording(Protocol):
+    """What a teacher said to the conversations of a data set."""
+
+    @property
+    def has_features(self) -> bool:
+        """Whether it holds the vision tower's features as well."""
+
+    def batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        """Flat tensors of a batch."""
+
+    def features(self, examples: list[Example]) -> torch.Tensor:
+        """[n, P, D_v], n at least 1."""
+
+
 @dataclass
 class Collator:
     """Examples -> a right-padded batch; images in reading order, as tower features where these are known already.
 
     Attributes:
         features: image path -> tower features [P, D_v]; when not None it holds every image of the data set.
+        recording: what the teacher said to each conversation, and the features too where these were recorded.
     """
 
     pad_id: int
     images: ImageStore
     features: dict[Path, torch.Tensor] | None = None
+    recording: Recording | None = None
 
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v].
 
-        A batch of text alone brings one blank image, so that every batch uses every trained parameter.
+        A batch of text alone brings one blank image, so that every batch uses every trained parameter. With a recording
+        ``recorded`` holds the flat tensors of ``distill.recorded_view``.
         """
         length = max(len(example["input_ids"]) for example in examples)
         shape = (len(examples), length)
@@ -158,7 +175,11 @@ class Collator:
             input_ids[i, :n] = torch.tensor(example["input_ids"])
             attention_mask[i, :n] = 1
             labels[i, :n] = torch.tensor(example["labels"])
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if self.recording is not None:
+            batch["recorded"] = self.recording.batch(examples)
+            if self.recording.has_features:
+                return batch | {"image_features": self.recording.features(examples)}
         rows = [example["row"] for example in examples if example["row"].image is not None]
         if self.features is not None:
             known = [self.features[row.image] for row in rows if row.image]

@@ -99,9 +99,13 @@ class LiveRows:
     def split(self, rows: int) -> list[LiveRows]:
         return [LiveRows(part, self.lm_head, self.temperature) for part in self.hidden.split(rows)]
 
-    @torch.no_grad()
     def beside(self, log_student: torch.Tensor) -> WholeSides:
-        return WholeSides(log_student, log_probabilities(self.lm_head(self.hidden), self.temperature))
+        return WholeSides(log_student, self.log_probabilities())
+
+    @torch.no_grad()
+    def log_probabilities(self) -> torch.Tensor:
+        """All words' [S, V]."""
+        return log_probabilities(self.lm_head(self.hidden), self.temperature)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from bundle.errors import UsageError
 from bundle.staging import refuse_existing, sha256_of, write_text_whole
 from bundle.tokenizer import open_tokenizer
 from distill.align_kd import AlignKD, TermSettings
+from distill.cache_choice import open_recording
 from distill.config import DistillConfig
 from distill.data import Collator, ImageStore, LengthGroupedOrder, LlavaDataset
 from distill.features import known_features
@@ -52,10 +53,11 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
     rows = read_rows(config.data, config.image_folder)
     console.print(f"{len(rows)} conversations, {sum(row.image is not None for row in rows)} with an image")
     student, processing = load_vlm(config.student), read_processing(config.student)
-    teacher = _open_teacher(config, student, processing, console)
+    teacher = None if config.cache is not None else _open_teacher(config, student, processing, console)
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
+    recording = open_recording(config, student, processing, dataset, console)
     module = AlignKD(
         student,
         teacher,
@@ -64,13 +66,15 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
         config.freeze_tower,
         config.learned_balance,
         config.seed,
+        None if recording is None else recording.shape,
     )
     images = ImageStore(processing.image, config.cache_mb << 20)
-    collator = Collator(processing.tokenizer.pad_id, images)
+    collator = Collator(processing.tokenizer.pad_id, images, recording=recording)
     with kept_if_resumable(config.work, console):
         trainer = DistillTrainer(module, config, dataset, collator, console)
         begun = time.monotonic()
-        collator.features = known_features(module, rows, images, config.cache_mb << 20)  # on the trainer's device
+        if recording is None or not recording.has_features:
+            collator.features = known_features(module, rows, images, config.cache_mb << 20)  # on the trainer's device
         write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
         trainer.train(resume_from_checkpoint=last_checkpoint(config.work))
         _finish(trainer, config, processing, len(rows), time.monotonic() - begun)
