@@ -1,4 +1,4 @@
-"""Training settings + teacher cache -> TeacherCache that answers for every conversation, or the line that says why not."""
+"""Training settings + teacher cache -> TeacherCache that answers for every conversation, or a line saying why not."""
 
 from __future__ import annotations
 
@@ -122,7 +122,14 @@ def count_missing(
 def recording_command(config: DistillConfig) -> str:
     """The command that records what this run needs."""
     default = {field.name: field.default for field in fields(DistillConfig)}
-    words = ["alignkd-distill", "cache", "--teacher", str(config.teacher or "TEACHER"), "--student", str(config.student)]
+    words = [
+        "alignkd-distill",
+        "cache",
+        "--teacher",
+        str(config.teacher or "TEACHER"),
+        "--student",
+        str(config.student),
+    ]
     words += ["--data", str(config.data), "--images", str(config.image_folder), "--cache", str(config.cache)]
     for name in ("losses", "temperature", "mask", "top_k"):
         value = {"losses": config.losses, "temperature": config.temperature, "mask": config.mask, "top_k": config.top_k}

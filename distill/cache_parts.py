@@ -142,7 +142,7 @@ def _fullness(identity: Identity) -> tuple[int, int, int]:
     form = identity.get("form")
     return (
         -FORMS.index(form) if form else 0,
-        int(identity.get("words", identity.get("columns", 0))),
+        int(identity.get("words", 0) or identity.get("columns", 0)),
         identity.get("precision") == "float32",
     )
 

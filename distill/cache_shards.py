@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bundle.errors import UsageError
@@ -123,7 +123,7 @@ class ShardReader:
         ends = self._ends_of(shard, part)
         begin = int(ends[row - 1]) if row else 0
         prefix = f"{part}/"
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        names = [name for name in file.keys() if name.startswith(prefix)]
         return {
             name.removeprefix(prefix): file.get_slice(name)[begin : int(ends[row])]
             for name in names
@@ -147,10 +147,12 @@ class ShardReader:
         """Keys [n, 16] of a shard and, for each, (shard, row within its part) [n, 2]."""
         problem = _quick_fault(self._shards[shard])
         if problem:
-            raise UsageError(f"{problem}; name all such shards: alignkd-distill cache --verify --cache "
-                f"{self._folder.parent}; record what they held again: alignkd-distill cache --mend with the recording's flags")
+            raise UsageError(
+                f"{problem}; name all such shards: alignkd-distill cache --verify --cache {self._folder.parent}; "
+                "then record what they held again: the recording's command with --mend"
+            )
         with safe_open(self._shards[shard].with_suffix(".safetensors"), framework="numpy") as file:
-            keys = [file.get_tensor(name) for name in file.keys() if name.endswith("/keys")]  # noqa: SIM118
+            keys = [file.get_tensor(name) for name in file.keys() if name.endswith("/keys")]
         places = [np.stack([np.full(len(k), shard), np.arange(len(k))], axis=1).astype(np.int32) for k in keys]
         return np.concatenate(keys), np.concatenate(places)
 

@@ -1,4 +1,4 @@
-"""Image file -> SHA-256 of its bytes, remembered by path, size and time of change, so that a second run reads no picture."""
+"""Image file -> SHA-256 of its bytes, remembered by path, size and time: a second run reads no picture to know it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class ImageDigests:
         try:
             found = image.stat()
             stamp = (str(image.absolute()), found.st_size, found.st_mtime_ns)
-            known = self._memo().execute("SELECT sha256 FROM images WHERE path=? AND size=? AND time=?", stamp).fetchone()
+            known = (
+                self._memo().execute("SELECT sha256 FROM images WHERE path=? AND size=? AND time=?", stamp).fetchone()
+            )
             if known is not None:
                 return bytes(known[0])
             digest = hashlib.sha256(image.read_bytes()).digest()

@@ -242,8 +242,8 @@ def _check_disk(config: CacheConfig, plan: _Plan, console: Console) -> None:
     )
     if plan.missing_bytes > free:
         raise UsageError(
-            f"{config.cache} needs {plan.missing_bytes / 1e6:.1f} MB more, its disk has {free / 1e6:.1f} MB left; store "
-            "less (--words, --columns) or choose another --cache"
+            f"{config.cache} needs {plan.missing_bytes / 1e6:.1f} MB more, its disk has {free / 1e6:.1f} MB left; "
+            "store less (--words, --columns) or choose another --cache"
         )
 
 

@@ -1,4 +1,4 @@
-"""The teacher's distributions -> a few words a row, drawn so that sums over words stay unbiased; and back for losses."""
+"""Distributions -> a few words a row, drawn so that sums over words stay unbiased; and back, as losses take them."""
 
 from __future__ import annotations
 
@@ -134,9 +134,9 @@ def sparse_rows(log_p: torch.Tensor, words: int, dtype: torch.dtype, uniform: to
 
 
 def sparse_block(weights: torch.Tensor, columns: int, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of attention [R, N] -> drawn columns [R, C] and values [R, C] whose expectation is the row and whose sum is its.
+    """Rows of attention [R, N] -> drawn columns [R, C] and values [R, C]: of the row's expectation, and of its sum.
 
-    A value is max(p, tau): the entry by its weight.
+    A value is max(p, tau): the entry times its weight.
     """
     log_p = weights.clamp_min(1e-30).log()
     drawn = draw(log_p, min(columns, weights.shape[-1]), uniform)

@@ -71,14 +71,16 @@ def checkpoint_sha256(folder: Path) -> str:
     """SHA-256 over config and every tensor's name, shape and bytes: how they are spread over files does not matter."""
     config = read_json(folder / "config.json", folder)
     folders = [folder]
-    if (config.get("architectures") or [""])[0] == PUBLISHED_ARCHITECTURE and (tower := tower_directory(folder, config)):
+    if (config.get("architectures") or [""])[0] == PUBLISHED_ARCHITECTURE and (
+        tower := tower_directory(folder, config)
+    ):
         folders.append(tower)
     digest = hashlib.sha256(_canonical(_without_origin(config)))
     for place in folders:
-        where = {}
+        where: dict[str, Path] = {}
         for file in weight_files(place):
             with safe_open(file, framework="pt") as opened:
-                where |= {name: file for name in opened.keys()}  # noqa: SIM118
+                where |= {name: file for name in opened.keys()}
         for name in sorted(where):
             with safe_open(where[name], framework="pt") as opened:
                 tensor = opened.get_tensor(name).contiguous()
