@@ -125,13 +125,13 @@ class PartLedger:
 
     def differences(self, demand: Identity) -> str:
         """Why nothing matches: the fields of the nearest identity that differ, in words."""
+        asked = _flat(demand)
         nearest: list[str] | None = None
-        for one in self.identities(demand["part"]):
+        for one in map(_flat, self.identities(demand["part"])):
             differing = [
                 f"{name} {_short(one.get(name))}, this run asks for {_short(value)}"
-                for name, value in _flat(demand).items()
-                if _flat(one).get(name) != value
-                for one in [_flat(one)]
+                for name, value in asked.items()
+                if one.get(name) != value
             ]
             if nearest is None or len(differing) < len(nearest):
                 nearest = differing

@@ -1,4 +1,4 @@
-"""The teacher cache: what is recorded, that training from it is training with the teacher, and what goes wrong in one line."""
+"""The teacher cache: what is recorded, that training from it is training with the teacher, what is refused."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import distill
 from bundle.errors import UsageError
 from bundle.tokenizer import open_tokenizer
 from distill.align_kd import AlignKD, TermSettings
@@ -38,6 +39,7 @@ from distill.teacher_identity import checkpoint_sha256
 from distill.trainer import train
 
 MakeData = Callable[..., Path]
+DEFAULT = CacheStorage()
 WHOLE = CacheStorage(words=512, precision="float32")  # the tiny models' whole vocabulary
 EVERY_TERM = TermWeights(**{name: 1.0 for name in NEEDS})  # type: ignore[arg-type]
 QUIET = Console(quiet=True)
@@ -55,11 +57,11 @@ def config(reference: Path, make_data: MakeData, tmp_path: Path) -> DistillConfi
         max_steps=10,
         log_steps=1,
         grad_norm_steps=0,
-        learning_rate=1e-3,
+        learning_rate=1e-4,
     )
 
 
-def recording_for(config: DistillConfig, storage: CacheStorage = CacheStorage(), **changes: Any) -> CacheConfig:
+def recording_for(config: DistillConfig, storage: CacheStorage = DEFAULT, **changes: Any) -> CacheConfig:
     assert config.cache is not None
     return CacheConfig(
         cache=config.cache, teacher=config.teacher, student=config.student, data=config.data, losses=config.losses,
@@ -68,7 +70,7 @@ def recording_for(config: DistillConfig, storage: CacheStorage = CacheStorage(),
     )  # fmt: skip
 
 
-def do_record(config: DistillConfig, storage: CacheStorage = CacheStorage(), **changes: Any) -> Recording:
+def do_record(config: DistillConfig, storage: CacheStorage = DEFAULT, **changes: Any) -> Recording:
     return record(recording_for(config, storage, **changes), QUIET)
 
 
@@ -128,20 +130,24 @@ def test_every_term_is_read_as_the_teacher_says_it(config: DistillConfig, mask: 
         )
 
 
-def test_the_default_storage_errs_little(config: DistillConfig, teacher: MobileVlm) -> None:
-    config = replace(config, weights=TermWeights(attention_kl=1.0, forward_kl=1.0, relation=1.0))
+def test_the_default_storage_errs_little(config: DistillConfig) -> None:
+    """On a trained teacher: docs/teacher_cache.md has the curve over sizes."""
+    demo = Path(distill.__file__).parent
+    weights = TermWeights(attention_kl=1.0, forward_kl=1.0, relation=1.0)
+    config = replace(config, teacher=demo / "demo_teacher", student=demo / "demo_student", weights=weights)
     do_record(config)
     examples, collator, student = examples_of(config)
     batch = collator(examples)
+    assert collator.recording is not None and config.teacher is not None
     gradients = []
-    for owner in (teacher, None):
-        module = AlignKD(student, owner, config.term_weights, recorded_teacher=collator.recording.shape)  # type: ignore[union-attr]
+    for owner in (load_vlm(config.teacher), None):
+        module = AlignKD(student, owner, config.term_weights, recorded_teacher=collator.recording.shape)  # type: ignore[attr-defined]
         module.zero_grad()
         kept = batch if owner is None else {name: value for name, value in batch.items() if name != "recorded"}
         module.total(module(**kept)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
     error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
-    assert 0 < error < 0.05  # 64 of 512 words of an untrained, undecided teacher
+    assert 0 < error < 0.01, error
 
 
 def test_features_replace_pictures_and_tower(config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +221,9 @@ def test_several_processes_record_one_cache(config: DistillConfig) -> None:
     batches = []
     for one in (config, alone):
         examples, collator, _ = examples_of(one)
-        batches.append(collator(examples)["recorded"])
+        batch = collator(examples)["recorded"]
+        words = batch.pop("row_ids").long()  # words of like probability may change places
+        batches.append(batch | {"row_log_p": torch.zeros(words.shape).scatter(1, words, batch["row_log_p"])})
     for name, tensor in batches[0].items():
         torch.testing.assert_close(tensor, batches[1][name], atol=1e-3, rtol=1e-4)
 
@@ -265,12 +273,9 @@ def test_verify_names_missing_truncated_and_altered_shards(config: DistillConfig
     shards[1].write_bytes(shards[1].read_bytes()[:-5])
     shards[2].unlink()
     faults = shard_faults(config.cache / "shards")
-    assert [fault.split(" ", 2)[2].split(":")[0] for fault in faults] == [
-        f"was altered",
-        "is truncated",
-        "is missing",
-    ] or all(str(path) in " ".join(faults) for path in shards[:3])
-    assert ["altered" in faults[0], "truncated" in faults[1], "missing" in faults[2]] == [True] * 3
+    for path, fault, said in zip(shards, faults, ("was altered", "is truncated", "is missing"), strict=False):
+        assert str(path) in fault and said in fault
+    assert len(faults) == 3
     assert str(shards[3]) not in " ".join(faults)
     line = refused(replace(config, top_k=4))
     assert "truncated" in line and "--verify" in line and "--mend" in line
