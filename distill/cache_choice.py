@@ -46,7 +46,10 @@ def open_recording(
     config: DistillConfig, student: MobileVlm, processing: Processing, dataset: LlavaDataset, console: Console
 ) -> TeacherCache | None:
     """``open_cache`` of a whole data set, with progress; None without --cache or when no term needs a teacher."""
-    if config.cache is None or not config.needs_teacher:
+    if config.cache is None:
+        return None
+    if not config.needs_teacher:
+        console.print(f"teacher cache {config.cache} is not opened: no loss term with a weight needs it")
         return None
     disable = not console.is_terminal
     with Progress(console=console, transient=True, disable=disable) as progress:
