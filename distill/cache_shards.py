@@ -1,7 +1,7 @@
 """Entries by key <-> shards of a folder: safetensors files built aside, named by their own hash, read through mmap.
 
 A shard holds entries of several parts; an entry is some named tensors with one leading dimension. No index is kept
-beside the shards: each brings its own sorted-on-reading key table, so that a rename makes a shard and its entries
+beside the shards: each brings the keys of its entries, so that a rename makes a shard and its entries
 appear at once, in whatever process, and nothing can fall out of step. A small ``.json`` beside each says that it is
 whole, how long it is and what its hash is; a shard without one was cut off and does not count.
 """

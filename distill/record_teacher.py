@@ -33,7 +33,7 @@ SECONDS_BETWEEN_LINES = 30.0  # where stderr is no terminal
 
 
 @dataclass(frozen=True)
-class Recording:
+class Recorded:
     """What a recording did.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Plan:
     whole_bytes: int = 0
 
 
-def record(config: CacheConfig, console: Console | None = None) -> Recording:
+def record(config: CacheConfig, console: Console | None = None) -> Recorded:
     """Complete the cache that ``config`` describes; what stands there is kept.
 
     Raises:
@@ -84,7 +84,7 @@ def record(config: CacheConfig, console: Console | None = None) -> Recording:
     writer = ShardWriter(shards, config.shard_mb << 20, f"{config.rank}-of-{config.ranks}")
     with _progress(console) as progress:
         _run(config, source, work, plan, writer, progress)
-    return Recording(plan.total, len(plan.numbers), writer.written_bytes, plan.missing_bytes, plan.whole_bytes)
+    return Recorded(plan.total, len(plan.numbers), writer.written_bytes, plan.missing_bytes, plan.whole_bytes)
 
 
 @dataclass(frozen=True)

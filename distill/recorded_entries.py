@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from bundle.errors import UsageError
 from distill.cache_parts import Asked
 from distill.cache_shards import KEY_BYTES, Entry
 from distill.data import IGNORED
@@ -50,7 +51,7 @@ class Recorder:
             seeds: [B], of what chance decides; by content, so that a second recording is the same one.
 
         Raises:
-            FloatingPointError: a number does not fit the stored precision.
+            UsageError: a number does not fit the stored precision.
         """
         entries: dict[str, list[Entry]] = {}
         has_image = (batch["input_ids"] == self._image_token_id).any(1)  # [B]
@@ -144,7 +145,9 @@ class Recorder:
     def _stored(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
         stored = tensor.to(self._dtype(part)).cpu().contiguous()
         if not stored.isfinite().all():
-            raise FloatingPointError(f"{part} of the teacher holds a number that {stored.dtype} cannot")
+            raise UsageError(
+                f"{part} of the teacher: a number does not fit float16; record it with --precision float32"
+            )
         return stored
 
 

@@ -33,7 +33,7 @@ from distill.image_digests import ImageDigests
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import read_processing
-from distill.record_teacher import Recording, record
+from distill.record_teacher import Recorded, record
 from distill.rows import read_rows
 from distill.teacher_identity import checkpoint_sha256
 from distill.trainer import train
@@ -70,7 +70,7 @@ def recording_for(config: DistillConfig, storage: CacheStorage = DEFAULT, **chan
     )  # fmt: skip
 
 
-def do_record(config: DistillConfig, storage: CacheStorage = DEFAULT, **changes: Any) -> Recording:
+def do_record(config: DistillConfig, storage: CacheStorage = DEFAULT, **changes: Any) -> Recorded:
     return record(recording_for(config, storage, **changes), QUIET)
 
 
@@ -366,6 +366,14 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"needs \d+\.\d MB more, its disk has 0\.0 MB left"):
         do_record(config)
+
+
+def test_numbers_beyond_float16_are_refused(config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = MobileVlm.tower_features
+    monkeypatch.setattr(MobileVlm, "tower_features", lambda self, pixels: features(self, pixels) * 1e6)
+    storage = CacheStorage(features=True)
+    with pytest.raises(UsageError, match="features of the teacher.*--precision float32"):
+        do_record(config, storage)
 
 
 def test_pictures_are_hashed_once(tmp_path: Path) -> None:
