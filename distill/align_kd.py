@@ -19,11 +19,12 @@ from distill.losses import (
     attention_mse,
     cosine_rows,
     cross_entropy_rows,
-    focus_mse,
+    focus_tokens,
     forward_kl_rows,
     jensen_shannon_rows,
     log_probabilities,
     normed_visual_mse,
+    picked_mse,
     relation_distance,
     reverse_kl_rows,
     skew_kl_rows,
@@ -41,7 +42,8 @@ from distill.models.roles import (
     unused_tower_parameters,
 )
 from distill.published_code import published_attention, published_focus, published_logits
-from distill.teacher_view import TeacherRows, TeacherView, Wanted, live_view
+from distill.recorded_view import recorded_view
+from distill.teacher_view import TeacherRows, TeacherShape, TeacherView, Wanted, live_view
 
 DIVERGENCES: dict[str, RowDivergence] = {
     "reverse_kl": reverse_kl_rows,
@@ -89,13 +91,14 @@ class AlignKD(nn.Module):
 
     Args:
         student: trained in place; its tower stays frozen unless ``freeze_tower`` is False.
-        teacher: frozen; None when ``weights`` name cross entropy alone.
+        teacher: frozen; None when ``weights`` name cross entropy alone, or when batches bring what it said, recorded.
         weights: term -> weight; terms that are absent are not computed.
         settings: what the terms are computed with.
         learned_balance: the distillation terms' weights are learned as the terms' uncertainties (Kendall et al. 2018):
             each counts as ``weight * (exp(-s) * term + s)`` with one trained ``s`` a term, which starts at 0.
         seed: of the adapters' initial values.
         same_pictures: student and teacher preprocess images alike, so that one run of a shared tower serves both.
+        recorded_teacher: sizes of the teacher whose recording the batches bring.
     """
 
     def __init__(
@@ -108,10 +111,11 @@ class AlignKD(nn.Module):
         learned_balance: bool = False,
         seed: int = 0,
         same_pictures: bool = True,
+        recorded_teacher: TeacherShape | None = None,
     ) -> None:
         super().__init__()
         assert set(weights) <= set(TERMS), weights
-        assert teacher is not None or set(weights) <= {"cross_entropy"}
+        assert teacher is not None or recorded_teacher is not None or set(weights) <= {"cross_entropy"}
         self.student = student.requires_grad_(True)
         student.vision_tower.requires_grad_(not freeze_tower)
         for parameter in unused_tower_parameters(student):
@@ -131,21 +135,24 @@ class AlignKD(nn.Module):
         self.student_map: nn.Linear | None = None
         self.balance: nn.ParameterDict | None = None
         if teacher is not None:
-            self._make_adapters(teacher, seed)
+            text = teacher.config.text_config
+            recorded_teacher = TeacherShape(text.num_attention_heads, text.hidden_size)
+        if recorded_teacher is not None:
+            self._make_adapters(recorded_teacher, seed)
         if learned_balance:
             taught = [name for name in self.weights if name != "cross_entropy"]
             self.balance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in taught})
 
-    def _make_adapters(self, teacher: MobileVlm, seed: int) -> None:
-        theirs, ours = teacher.config.text_config, self.student.config.text_config
+    def _make_adapters(self, theirs: TeacherShape, seed: int) -> None:
+        ours = self.student.config.text_config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if self._uses(HEAD_MAPPED):
-                self.head_map = nn.Conv2d(theirs.num_attention_heads, ours.num_attention_heads, 1)
+                self.head_map = nn.Conv2d(theirs.heads, ours.num_attention_heads, 1)
             if self._uses(TEACHER_MAPPED):
-                self.visual_map = nn.Linear(theirs.hidden_size, ours.hidden_size)
+                self.visual_map = nn.Linear(theirs.width, ours.hidden_size)
             if self._uses(STUDENT_MAPPED):
-                self.student_map = nn.Linear(ours.hidden_size, theirs.hidden_size)
+                self.student_map = nn.Linear(ours.hidden_size, theirs.width)
         for adapter in (self.head_map, self.visual_map):  # in no optimizer of the published code
             if adapter is not None and self._uses(PUBLISHED_TERMS):
                 adapter.requires_grad_(False)
@@ -192,6 +199,7 @@ class AlignKD(nn.Module):
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         teacher_pixel_values: torch.Tensor | None = None,
+        recorded: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """One batch -> unweighted terms.
 
@@ -202,6 +210,7 @@ class AlignKD(nn.Module):
                 may bring one blank image, which adds 0: every trained parameter then takes part in every batch, as
                 training on several processes needs.
             teacher_pixel_values: [n, 3, S_T, S_T], the same pictures, where the teacher wants them differently.
+            recorded: what a teacher said to this batch (``distill.recorded_view``), for a module without one.
         """
         wanted = self.wanted
         images = int((input_ids == self.student.image_token_id).sum())
@@ -211,7 +220,7 @@ class AlignKD(nn.Module):
         published = self._uses(PUBLISHED_TERMS)  # they look at every position
         mask = "all" if published else wanted.rows or "answer"
         student = look(self.student, *batch, visual if images else None, wanted.groups > 0, mask)
-        view, seen = None, None
+        view, seen = None if recorded is None else recorded_view(recorded), None
         if self.teacher is not None:
             with torch.no_grad():
                 known = None
@@ -297,11 +306,11 @@ class AlignKD(nn.Module):
         settings, terms = self.settings, []
         plain = settings.temperature == 1 and settings.label_smoothing == 0
         log_student = None if theirs is None else log_probabilities(logits, settings.temperature)  # [c, V]
-        both = None if theirs is None or log_student is None else theirs.beside(log_student)  # [c, W] each
+        sides = None if theirs is None or log_student is None else theirs.beside(log_student)
         for name in names:
             if name != "cross_entropy":
-                assert both is not None
-                terms.append(DIVERGENCES[name](*both).sum() * settings.temperature**2)
+                assert sides is not None
+                terms.append(DIVERGENCES[name](*sides.on(name)).sum() * settings.temperature**2)
             elif log_student is not None and plain:  # one softmax for all terms
                 terms.append(F.nll_loss(log_student, targets, ignore_index=-100, reduction="sum"))
             else:
@@ -317,7 +326,7 @@ class AlignKD(nn.Module):
         teacher = on_students_grid(teacher, ours.shape[1])
         terms = self._attention_terms(student, teacher, spans)
         if teacher.visual is not None:
-            terms |= self._visual_terms(ours, teacher.visual, teacher.attention, spans)
+            terms |= self._visual_terms(ours, teacher.visual, teacher, spans)
         return terms
 
     def _attention_terms(self, student: Roles, teacher: TeacherView, spans: Spans) -> dict[str, torch.Tensor]:
@@ -338,17 +347,20 @@ class AlignKD(nn.Module):
         return terms
 
     def _visual_terms(
-        self, ours: torch.Tensor, theirs: torch.Tensor, their_block: torch.Tensor | None, spans: Spans
+        self, ours: torch.Tensor, theirs: torch.Tensor, teacher: TeacherView, spans: Spans
     ) -> dict[str, torch.Tensor]:
-        """ours [n, N, D_S], theirs [n, N, D_T], their_block [n, H_T, R, N]."""
+        """ours [n, N, D_S], theirs [n, N, D_T]."""
         terms, theirs = {}, theirs.to(ours.dtype)  # a teacher may be held in bfloat16
         if self.visual_map is not None:
             mapped = self.visual_map(theirs.to(ours.dtype))  # [n, N, D_S]
             if "visual" in self.weights:
                 terms["visual"] = visual_mse(ours, mapped)
             if "focus" in self.weights:
-                assert their_block is not None
-                terms["focus"] = focus_mse(ours, mapped, their_block, spans.row_mask, self.settings.top_k)
+                focus = teacher.focus  # [n, k]
+                if focus is None:
+                    assert teacher.attention is not None
+                    focus = focus_tokens(teacher.attention, spans.row_mask, self.settings.top_k)
+                terms["focus"] = picked_mse(ours, mapped, focus)
         if self.student_map is not None:
             terms["normed_visual"] = normed_visual_mse(self.student_map(ours), theirs)
         if "relation" in self.weights:

@@ -18,8 +18,12 @@ from distill.teacher_view import TeacherView
 
 
 def on_students_grid(view: TeacherView, tokens: int) -> TeacherView:
-    """The view with ``tokens`` visual tokens per image, the student's number."""
+    """The view with ``tokens`` visual tokens per image, the student's number.
+
+    Indexes of recorded tokens are no shares of an area: a cache is of one grid, see ``distill.cache_choice``.
+    """
     groups = view.group_attention
+    assert view.focus is None or view.visual is None or view.visual.shape[1] == tokens
     return replace(
         view,
         attention=None if view.attention is None else resample_attention(view.attention, tokens),

@@ -1,17 +1,17 @@
-"""alignkd-distill: checkpoints + LLaVA data -> trained student, or the plan of it; ``init``, ``launch``: see --help."""
+"""alignkd-distill: checkpoints + data -> trained student, or the plan of it; ``cache``, ``init``, ``launch`` too."""
 
 from __future__ import annotations
 
 import json as jsonlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from bundle.errors import UsageError, missing_extra, run_command
-from distill.config import DistillConfig, InitConfig
+from bundle.errors import UsageError, VerificationError, missing_extra, run_command
+from distill.config import CacheConfig, DistillConfig, InitConfig
 from distill.launch_configs import launch_config, launch_configs, purpose
 from distill.recipe import with_recipe
 
@@ -20,7 +20,8 @@ DESCRIPTION = (
     "Settings from a YAML file: --recipe FILE; flags win over it. "
     "On several GPUs: accelerate launch --config_file $(alignkd-distill launch NAME) -m distill.cli FLAGS. "
     "Configurations for that: alignkd-distill launch. "
-    "A fresh student with its teacher's tower: alignkd-distill init --help"
+    "A fresh student with its teacher's tower: alignkd-distill init --help. "
+    "A teacher recorded once instead of run at every step: alignkd-distill cache --help"
 )
 
 
@@ -112,6 +113,41 @@ def launch(name: tyro.conf.Positional[str | None] = None) -> None:
         print(f"{known:<16} {purpose(file)}")
 
 
+def cache(
+    config: Annotated[CacheConfig, tyro.conf.arg(name="")], json: tyro.conf.FlagCreatePairsOff[bool] = False
+) -> int:
+    """Record a teacher, so that training need not run it; or --verify what was recorded.
+
+    Args:
+        json: end with one line of JSON.
+    """
+    _need_torch()
+    from distill.cache_shards import shard_faults
+    from distill.record_teacher import record
+    from distill.teacher_cache import SHARDS
+
+    if config.verify:
+        if not (config.cache / SHARDS).is_dir():
+            raise UsageError(f"{config.cache} is no teacher cache: it has no folder {SHARDS}")
+        faults = shard_faults(config.cache / SHARDS)
+        for fault in faults:
+            print(fault)
+        shards = len(list((config.cache / SHARDS).glob("*.json")))
+        print(f"{config.cache}: {shards - len(faults)} of {shards} shards are whole")
+        if json:
+            print(jsonlib.dumps({"cache": str(config.cache), "shards": shards, "faults": faults}))
+        return VerificationError.exit_code if faults else 0
+    done = record(config)
+    print(
+        f"{config.cache}: recorded {done.recorded} of {done.conversations} conversations, "
+        f"{f'{done.left_out} left out, ' if done.left_out else ''}"
+        f"{done.shard_bytes / 1e6:.1f} MB written ({done.estimated_bytes / 1e6:.1f} MB estimated)"
+    )
+    if json:
+        print(jsonlib.dumps({"cache": str(config.cache), **asdict(done)}))
+    return 0
+
+
 def _need_torch() -> None:
     for package in ("torch", "transformers", "accelerate"):
         try:
@@ -125,7 +161,9 @@ def _main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _command() -> None:
+def _command() -> int | None:
+    if sys.argv[1:2] == ["cache"]:
+        return tyro.cli(cache, args=sys.argv[2:], prog="alignkd-distill cache", description=cache.__doc__)
     if sys.argv[1:2] == ["init"]:
         tyro.cli(init, args=sys.argv[2:], prog="alignkd-distill init", description=init.__doc__)
     elif sys.argv[1:2] == ["launch"]:
@@ -133,12 +171,13 @@ def _command() -> None:
     else:
         words = with_recipe(sys.argv[1:])
         tyro.cli(distill, args=words, prog="alignkd-distill", description=DESCRIPTION, console_outputs=_main_process())
+    return None
 
 
-def _quietly_elsewhere() -> None:
+def _quietly_elsewhere() -> int | None:
     """The command in a process that does not speak: a mistake that all see is told by the main process alone."""
     try:
-        _command()
+        return _command()
     except UsageError as error:
         if str(error).startswith("process "):  # seen here alone
             raise

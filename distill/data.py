@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -123,6 +123,27 @@ def room_for_ids(row: Row, context_length: int, visual_tokens: int) -> int:
     return context_length - (visual_tokens - 1 if row.image else 0)
 
 
+class Recording(Protocol):
+    """What a teacher said to the conversations of a data set."""
+
+    @property
+    def has_features(self) -> bool:
+        """Whether it holds the vision tower's features as well."""
+        ...
+
+    def batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        """Flat tensors of a batch; of none, those of a batch without any predicting row."""
+        ...
+
+    def features(self, image: ImageSource) -> torch.Tensor | None:
+        """[P, D_v] of an image, None where it holds none."""
+        ...
+
+    def blank_features(self) -> torch.Tensor:
+        """[P, D_v] of an image of nothing."""
+        ...
+
+
 @dataclass
 class Collator:
     """Examples -> a right-padded batch; images in reading order, as tower features where these are known already.
@@ -135,6 +156,7 @@ class Collator:
         features: image -> tower features [P, D_v]; when not None, an image that it lacks could not be read.
         report_bad: put the numbers of the rows left out into the batch as ``bad_rows`` [k], instead of raising.
         teacher_images: the same pictures as the teacher wants them, where it wants them differently.
+        recording: what the teacher said to each conversation, and the features too where these were recorded.
     """
 
     pad_id: int
@@ -142,11 +164,13 @@ class Collator:
     features: dict[ImageSource, torch.Tensor] | None = None
     report_bad: bool = False
     teacher_images: ImageStore | None = None
+    recording: Recording | None = None
 
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v].
 
-        A batch of text alone brings one blank image, so that every batch uses every trained parameter.
+        A batch of text alone brings one blank image, so that every batch uses every trained parameter. With a recording
+        ``recorded`` holds the flat tensors of ``distill.recorded_view``, of the rows that are in the batch.
 
         Raises:
             BadImageError: an image cannot be read, unless ``report_bad``.
@@ -162,10 +186,12 @@ class Collator:
                 if not self.report_bad:
                     raise
                 bad.append(example)
-        batch = self._padded(good or [_nothing_of(bad[0])])
+        batch: dict[str, Any] = self._padded(good or [_nothing_of(bad[0])])
         if images or self.features is None or self.features:
-            name = "pixel_values" if self.features is None else "image_features"
+            name = "image_features" if self._recorded_features or self.features is not None else "pixel_values"
             batch[name] = torch.stack(images or [self._blank()])  # [n, 3, S, S] or [n, P, D_v]
+        if self.recording is not None:
+            batch["recorded"] = self.recording.batch(good)
         if self.teacher_images is not None and images:
             seen = [example["row"] for example in good if example["row"].image is not None]
             batch["teacher_pixel_values"] = torch.stack([self.teacher_images.pixels(row) for row in seen])
@@ -176,14 +202,26 @@ class Collator:
     def _images_of(self, row: Row) -> list[torch.Tensor]:
         if row.image is None:
             return []
+        if self._recorded_features is not None:
+            known = self._recorded_features.features(row.image)
+            if known is None:
+                self.images.decode(row)  # says what is wrong with it
+                raise BadImageError(f"row {row.number}: image {row.image} changed since the run began")
+            return [known]  # [P, D_v]
         if self.features is None:
             return [self.images.pixels(row)]  # [3, S, S]
         if row.image not in self.features:
             raise BadImageError(f"row {row.number}: image {row.image} could not be read when the run began")
         return [self.features[row.image]]  # [P, D_v]
 
+    @property
+    def _recorded_features(self) -> Recording | None:
+        return self.recording if self.recording is not None and self.recording.has_features else None
+
     def _blank(self) -> torch.Tensor:
         """An image of nothing: [3, S, S], or [P, D_v] where features are known."""
+        if self._recorded_features is not None:
+            return self._recorded_features.blank_features()
         return self.images.blank() if self.features is None else torch.zeros_like(next(iter(self.features.values())))
 
     def _padded(self, examples: list[Example]) -> dict[str, torch.Tensor]:

@@ -170,9 +170,12 @@ def focus_mse(
         row_mask: [n, R].
         top_k: tokens per image.
     """
-    picked = focus_tokens(teacher_attention, row_mask, top_k)[..., None].expand(
-        -1, -1, student.shape[-1]
-    )  # [n, k, D_S]
+    return picked_mse(student, teacher, focus_tokens(teacher_attention, row_mask, top_k))
+
+
+def picked_mse(student: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """``visual_mse`` over some tokens [n, k] of each image. Both sides [n, N, D_S]."""
+    picked = tokens[..., None].expand(-1, -1, student.shape[-1])  # [n, k, D_S]
     return visual_mse(student.gather(1, picked), teacher.gather(1, picked))
 
 

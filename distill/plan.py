@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +12,22 @@ from torch import nn
 
 from bundle.tokenizer import Tokenizer, open_tokenizer
 from distill.align_kd import MAX_LOGITS, AlignKD
-from distill.config import DistillConfig
-from distill.data import encode_row
+from distill.cache_choice import asked_by, recorded_teacher
+from distill.cache_parts import NEEDS, demands, stored_as
+from distill.config import CacheStorage, DistillConfig
+from distill.conversation import Row
+from distill.data import encode_row, room_for_ids
 from distill.lora import add_lora
 from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.parameter_groups import group_of, learning_rates
 from distill.plan_memory import Decoder, Engine, Memory, Sizes, memory_per_gpu
+from distill.recorded_entries import entry_bytes
 from distill.rows import IndexedRows, read_rows
 from distill.teacher import DTYPES, chosen_processing
+from distill.teacher_identity import processing_identity
+from distill.teacher_view import TeacherShape
 from distill.trainer import term_settings
 
 SAMPLED_ROWS = 200  # rows whose length is looked at, evenly spread
@@ -52,6 +59,7 @@ class Plan:
 
     Attributes:
         positions: per row, the mean and the longest of a sample, visual tokens included.
+        cache_bytes: of a recording of the teacher in the default storage, by the same sample; None without one.
         features_bytes: of the tower features of all images; ``features_kept`` whether they stay in memory.
         hours: at the given time per step, or None.
     """
@@ -70,6 +78,7 @@ class Plan:
     rows_per_step: int
     features_bytes: int
     features_kept: bool
+    cache_bytes: int | None
     hours: float | None
 
 
@@ -108,6 +117,7 @@ def make_plan(config: DistillConfig, gpus: int, engine: Engine, step_time_s: flo
         rows_per_step=config.batch_size * gpus * config.gradient_accumulation,
         features_bytes=features,
         features_kept=config.freeze_tower and features <= config.cache_mb << 20,
+        cache_bytes=None if teacher is None else _cache_bytes(config, rows, processing, module),
         hours=None if step_time_s is None else steps * step_time_s / 3600,
     )
 
@@ -116,7 +126,11 @@ def meta_module(config: DistillConfig) -> AlignKD:
     """The module that would be trained, without its weights: files are mapped, and only their headers are read."""
     student = open_checkpoint(config.student)[0]
     teacher = None
-    if config.needs_teacher and config.teacher is not None:
+    recorded = None
+    if config.needs_teacher and config.cache is not None:
+        facts = recorded_teacher(config, student.config.text_config.num_hidden_layers)
+        recorded = TeacherShape(facts.heads, facts.width)
+    elif config.needs_teacher and config.teacher is not None:
         teacher = open_checkpoint(config.teacher)[0]
         nn.Module.to(teacher, dtype=DTYPES[config.teacher_dtype])
     with torch.device("meta"):
@@ -128,6 +142,7 @@ def meta_module(config: DistillConfig) -> AlignKD:
             config.freeze_tower,
             config.learned_balance,
             config.seed,
+            recorded_teacher=recorded,
         )
         if config.lora.rank:
             add_lora(student, config.lora)
@@ -141,13 +156,34 @@ def planned_steps(config: DistillConfig, rows: int, gpus: int) -> tuple[int, int
     return per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
 
 
+def _sample(rows: IndexedRows) -> Iterator[Row]:
+    count = min(SAMPLED_ROWS, len(rows))
+    return (rows[i * len(rows) // count] for i in range(count))
+
+
+def _cache_bytes(config: DistillConfig, rows: IndexedRows, processing: Processing, module: AlignKD) -> int | None:
+    """At most, because rows may share an image; None where a term needs a running teacher."""
+    teacher, student, sizes = module.teacher, module.student, []
+    if teacher is None or not set(config.term_weights) <= set(NEEDS):
+        return None
+    asked = asked_by(config, student.config.text_config.num_hidden_layers)
+    parts = demands(asked, "", processing_identity(processing))
+    stored = {part: stored_as(asked, CacheStorage(), demand) for part, demand in parts.items()}
+    tokenizer, image_id = open_tokenizer(processing.tokenizer, config.student), processing.tokenizer.image_token_id
+    context = student.config.text_config.max_position_embeddings
+    for row in _sample(rows):
+        room = room_for_ids(row, context, student.config.visual_tokens)
+        ids, labels = (numbers[:room] for numbers in encode_row(row, processing, tokenizer))
+        sizes += [entry_bytes(part, one, teacher.config, ids, labels, image_id) for part, one in stored.items()]
+    return sum(sizes) * len(rows) // min(SAMPLED_ROWS, len(rows))
+
+
 def _positions(
     rows: IndexedRows, processing: Processing, tokenizer: Tokenizer, student: MobileVlm
 ) -> tuple[float, int]:
     context = student.config.text_config.max_position_embeddings
-    count = min(SAMPLED_ROWS, len(rows))
     lengths = []
-    for row in (rows[i * len(rows) // count] for i in range(count)):
+    for row in _sample(rows):
         length = len(encode_row(row, processing, tokenizer)[0])
         lengths.append(min(context, length + (student.config.visual_tokens - 1 if row.image else 0)))
     return sum(lengths) / len(lengths), max(lengths)

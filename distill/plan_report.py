@@ -16,7 +16,7 @@ def plan_lines(plan: Plan, config: DistillConfig, every_parameter: bool) -> list
     total = sum(one.count for one in plan.trained)
     lines = [
         f"trained: {total:,} parameters in {len(plan.trained)} tensors, of {plan.student_parameters:,} in the student",
-        f"teacher: {plan.teacher_parameters:,} parameters, frozen" if plan.teacher_parameters else "teacher: none",
+        _teacher_line(plan, config),
         "",
         f"{'group':<10} {'learning rate':>13} {'parameters':>14} {'tensors':>7}  name",
         *(_parameter_line(*row) for row in _rows(plan.trained, every_parameter)),
@@ -31,9 +31,20 @@ def plan_lines(plan: Plan, config: DistillConfig, every_parameter: bool) -> list
         f"{config.batch_size} x {plan.gpus} GPUs x {config.gradient_accumulation} accumulated",
         f"tower features of all images: {size(plan.features_bytes)}, "
         + ("kept in memory" if plan.features_kept else "computed in every step (--cache-mb, --freeze-tower)"),
+        *(
+            []
+            if plan.cache_bytes is None
+            else [f"teacher cache: at most {size(plan.cache_bytes)} (alignkd-distill cache)"]
+        ),
         "time: give --step-time-s SECONDS" if plan.hours is None else f"time: {plan.hours:.1f} hours",
     ]
     return lines
+
+
+def _teacher_line(plan: Plan, config: DistillConfig) -> str:
+    if plan.teacher_parameters:
+        return f"teacher: {plan.teacher_parameters:,} parameters, frozen"
+    return f"teacher: recorded in {config.cache}, not run" if config.cache and config.needs_teacher else "teacher: none"
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from bundle.errors import UsageError, missing_extra
 from bundle.prompt import TEMPLATES
-from distill.config import DistillConfig
+from distill.config import CacheConfig, DistillConfig
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GROUP_SIZE = 32  # columns that share one scale at 4 bits
 
 
-def chosen_processing(processing: Processing, config: DistillConfig) -> Processing:
+def chosen_processing(processing: Processing, config: DistillConfig | CacheConfig) -> Processing:
     """A checkpoint's processing with the template and image strategy that the settings name."""
     if config.template:  # instead of the checkpoint's own chat template, if it has one
         processing = replace(processing, prompt=TEMPLATES[config.template], turns=None)

@@ -20,8 +20,15 @@ class TeacherRows(Protocol):
     def split(self, rows: int) -> Sequence[TeacherRows]:
         """The same in pieces of at most ``rows`` rows."""
 
-    def beside(self, log_student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Student log-probabilities [c, V] -> both sides' [c, W] on the words that the teacher's side knows."""
+    def beside(self, log_student: torch.Tensor) -> Sides:
+        """The rows next to a student's log-probabilities [c, V]."""
+
+
+class Sides(Protocol):
+    """Teacher and student on the same rows."""
+
+    def on(self, divergence: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a divergence takes: both sides' log-probabilities [c, W] on the words that the teacher's side knows."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,14 @@ class TeacherView:
         rows: output distributions on the predicting rows.
         attention: [n, H_T, R, N], the first layer's text-to-image attention; H_T is 1 where heads were averaged.
         group_attention: one head-mean block [n, 1, R, N] per decoder layer of the student.
+        focus: [n, k], the visual tokens that the teacher's text looks at most, where they were recorded.
         visual: [n, N, D_T], projected visual tokens.
     """
 
     rows: TeacherRows | None = None
     attention: torch.Tensor | None = None
     group_attention: tuple[torch.Tensor, ...] | None = None
+    focus: torch.Tensor | None = None
     visual: torch.Tensor | None = None
 
 
@@ -61,6 +70,25 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class TeacherShape:
+    """Sizes of a teacher that the adapters are made for."""
+
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
+class WholeSides:
+    """Both sides on the whole vocabulary."""
+
+    log_student: torch.Tensor  # [c, V]
+    log_teacher: torch.Tensor  # [c, V]
+
+    def on(self, divergence: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.log_student, self.log_teacher
+
+
+@dataclass(frozen=True)
 class LiveRows:
     """Hidden states of a teacher that runs now; its lm_head is applied a piece at a time."""
 
@@ -71,11 +99,15 @@ class LiveRows:
     def split(self, rows: int) -> list[LiveRows]:
         return [LiveRows(part, self.lm_head, self.temperature) for part in self.hidden.split(rows)]
 
-    def beside(self, log_student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            log_teacher = log_probabilities(self.lm_head(self.hidden), self.temperature)  # [c, V_T]
+    def beside(self, log_student: torch.Tensor) -> WholeSides:
+        log_teacher = self.log_probabilities()  # [c, V_T]
         common = min(log_student.shape[-1], log_teacher.shape[-1])
-        return _among(log_student, common), _among(log_teacher, common)
+        return WholeSides(_among(log_student, common), _among(log_teacher, common))
+
+    @torch.no_grad()
+    def log_probabilities(self) -> torch.Tensor:
+        """All words' [S, V]."""
+        return log_probabilities(self.lm_head(self.hidden), self.temperature)
 
 
 def _among(log_words: torch.Tensor, common: int) -> torch.Tensor:
@@ -101,7 +133,7 @@ def live_view(teacher: MobileVlm, seen: Roles, wanted: Wanted) -> TeacherView:
             for layer in range(len(seen.layer_inputs))
         ]
         groups = tuple(torch.stack(layers[a:b]).mean(0) for a, b in group_bounds(wanted.groups, len(layers)))
-    return TeacherView(rows, attention, groups, visual if wanted.visual else None)
+    return TeacherView(rows, attention, groups, visual=visual if wanted.visual else None)
 
 
 def group_bounds(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ from bundle.tokenizer import open_tokenizer
 from distill.accuracy import read_held_out
 from distill.align_kd import AlignKD, TermSettings
 from distill.bad_images import SHOWN, BadImages, read_all
+from distill.cache_choice import open_recording
 from distill.config import DistillConfig
 from distill.data import Collator, ImageStore, LlavaDataset
 from distill.features import known_features
@@ -79,10 +80,11 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
             trainer = _trainer(config, args, ranks, module, processing, dataset, collator, stop, console)
             begun = time.monotonic()
             nn.Module.to(module.student.vision_tower, args.device)
-            budget = config.cache_mb << 20
-            collator.features = known_features(  # on the trainer's device
-                module, dataset.rows, collator.images, budget, leave_out_bad=config.on_bad_image == "skip"
-            )
+            if collator.recording is None or not collator.recording.has_features:
+                budget = config.cache_mb << 20
+                collator.features = known_features(  # on the trainer's device
+                    module, dataset.rows, collator.images, budget, leave_out_bad=config.on_bad_image == "skip"
+                )
         if ranks.main:
             write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
         checkpoint = ranks.told(last_checkpoint(config.work))
@@ -108,11 +110,14 @@ def _open(
 ) -> tuple[AlignKD, Processing, LlavaDataset, Collator]:
     console.print(f"{len(rows)} conversations, {int(rows.with_image.sum())} with an image", soft_wrap=True)
     student, processing = load_vlm(config.student), chosen_processing(read_processing(config.student), config)
-    teacher, theirs = open_teacher(config, student, processing, console)
+    teacher, theirs = None, processing
+    if config.cache is None:
+        teacher, theirs = open_teacher(config, student, processing, console)
     same_pictures = theirs.image == processing.image
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
+    recording = open_recording(config, student, processing, dataset, console)
     module = AlignKD(
         student,
         teacher,
@@ -122,6 +127,7 @@ def _open(
         config.learned_balance,
         config.seed,
         same_pictures,
+        None if recording is None else recording.shape,
     )
     if config.lora.rank:
         add_lora(student, config.lora)
@@ -133,6 +139,7 @@ def _open(
         ImageStore(processing.image, budget),
         report_bad=True,
         teacher_images=None if same_pictures else ImageStore(theirs.image, budget),
+        recording=recording,
     )
     return module, processing, dataset, collator
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -148,6 +149,8 @@ class DistillTrainer(Trainer):
         if bad_rows is not None:
             self._bad_images.meet(bad_rows.tolist(), self.state.global_step)
         self.align.taught_share = self._taught_share()
+        if "recorded" in inputs:  # FSDP2 would round a dict's tensors to its parameters' dtype; this it passes on
+            inputs["recorded"] = MappingProxyType(inputs["recorded"])
         terms = model(**inputs)
         every = self._config.grad_norm_steps
         if self.measures_gradients and self.state.global_step % every == 0:
