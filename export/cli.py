@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,8 @@ class ExportConfig:
     """weights float32"""
     context_length: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """tokens that image, prompt and answer may take together; default: 1024, or the model's own limit if it is less"""
+    int4_embedding: Flag = False
+    """with --int4 and --target onnx: the embedding table int4 too, half its bytes at ten times its error"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
     json: Flag = False
@@ -68,9 +72,14 @@ def chosen_precision(config: ExportConfig) -> Precision:
 def export(config: ExportConfig) -> int:
     """Run one export and print where the bundle lies."""
     target, precision = known_target(config.target), chosen_precision(config)
+    if config.int4_embedding and (target, precision) != ("onnx", "int4"):
+        raise UsageError(
+            f"--int4-embedding is for --target onnx --int4, not --target {target} --{precision}; leave it out"
+        )
+    start = time.monotonic()
     manifest = _run(config, target, precision)
     if config.json:
-        print(json.dumps(_as_json(config, manifest)))
+        print(json.dumps(_as_json(config, manifest, time.monotonic() - start)))
     else:
         print(config.output)
     return 0
@@ -89,11 +98,27 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
     def progress(line: str) -> None:
         console.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim]  {escape(line)}", highlight=False, soft_wrap=True)
 
-    job = ExportJob(config.checkpoint, target, precision, config.output, config.context_length, config.name)
-    return export_bundle(job, progress)
+    job = ExportJob(
+        config.checkpoint,
+        target,
+        precision,
+        config.output,
+        config.context_length,
+        config.name,
+        config.int4_embedding,
+    )
+    manifest = export_bundle(job, progress)
+    progress(f"peak memory of this process {peak_memory_bytes() / (1 << 30):.2f} GiB")
+    return manifest
 
 
-def _as_json(config: ExportConfig, manifest: Manifest) -> dict[str, object]:
+def peak_memory_bytes() -> int:
+    """The most that this process had in memory at once, pages of mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _as_json(config: ExportConfig, manifest: Manifest, seconds: float) -> dict[str, object]:
     assert manifest.parity is not None
     return {
         "bundle": str(config.output),
@@ -101,6 +126,8 @@ def _as_json(config: ExportConfig, manifest: Manifest) -> dict[str, object]:
         "target": manifest.target,
         "precision": manifest.precision,
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
         "runtime": manifest.parity.runtime,
         "graph_error": {stage: parity.relative_error for stage, parity in manifest.parity.graph_error.items()},
         "quantization_error": dict(manifest.parity.quantization_error),

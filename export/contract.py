@@ -10,13 +10,14 @@ import torch
 
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision
 from distill.models.mobilevlm import MobileVlm
+from export.work_folder import WorkFolder
 
 
 @dataclass(frozen=True)
 class ExportRequest:
     """One model to be written at one precision into the bundle directory under construction."""
 
-    vlm: MobileVlm  # float32, evaluation mode; exporters must not change it
+    vlm: MobileVlm  # float32, evaluation mode; exporters must not change it. On the meta device when streamed
     precision: Precision
     context_length: int  # KV cache rows
     tokenizer_path: Path  # tokenizer.model of the checkpoint
@@ -24,6 +25,9 @@ class ExportRequest:
     bos_id: int
     output: Path  # write graph files here and nowhere else
     progress: Callable[[str], None]  # one short line per finished step
+    weights: Mapping[str, torch.Tensor] | None = None  # lazy, of a streamed model; None: those of ``vlm``
+    work: WorkFolder | None = None  # where finished graphs are noted, to be used again after a kill
+    int4_embedding: bool = False  # the embedding table at 4 bits too
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from bundle.manifest import (
     Manifest,
     Parity,
     Precision,
+    Source,
     Stage,
     StageParity,
     Target,
@@ -24,20 +26,24 @@ from bundle.manifest import (
     write_manifest,
 )
 from bundle.runtimes.registry import open_runtime
-from bundle.staging import fresh_directory, refuse_existing
+from bundle.staging import refuse_existing
 from bundle.tokenizer import open_tokenizer
 from bundle.verify import replay
-from distill.models.checkpoint import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.projector import LDP_V2
 from export.contract import ExportedGraphs, ExportRequest
-from export.golden_record import Probe, forced_errors, golden_case, golden_vectors, probes, run_stages
+from export.golden_lockstep import forced_errors_together, run_stages_together
+from export.golden_record import Probe, golden_case, golden_vectors, probes
+from export.meter import Meter
 from export.provenance import environment_of, source_of
+from export.room import STREAMED, check_room
 from export.rounding import rounded_activations
 from export.shape import model_shape
+from export.streamed_model import LoadedModel, open_streamed, open_whole
 from export.targets import load_exporter
 from export.tolerances import ACTIVATIONS, stage_tolerances
+from export.work_folder import work_folder
 
 # KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit,
 # and a 1.7B model's float32 cache stays at 0.4 GB.
@@ -58,6 +64,7 @@ class ExportJob:
     output: Path
     context_length: int | None = None
     name: str | None = None
+    int4_embedding: bool = False
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -71,13 +78,18 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     refuse_existing(job.output)
     exporter = load_exporter(job.target)
     processing = read_processing(job.checkpoint)
-    vlm = load_vlm(job.checkpoint)
+    model = open_streamed(job.checkpoint) if job.target in STREAMED else open_whole(job.checkpoint)
+    vlm = model.vlm
     _check_image_size(job.checkpoint, vlm, processing)
     _check_projector(job.checkpoint, vlm)
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
     context_length = _context_length(job, vlm, questions)
-    progress(f"checkpoint {job.checkpoint} loaded")
-    with fresh_directory(job.output) as folder:
+    shapes = {name: tuple(weight.shape) for name, weight in vlm.state_dict().items()}
+    check_room(job.target, job.output, shapes, job.precision, model_shape(vlm, context_length), len(questions))
+    source = source_of(job.checkpoint)
+    progress(f"checkpoint {job.checkpoint} opened and hashed")
+    with work_folder(job.output, _identity(job, source, context_length), progress) as work:
+        folder = work.bundle
         exported = exporter(
             ExportRequest(
                 vlm=vlm,
@@ -88,18 +100,33 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 bos_id=processing.tokenizer.bos_id,
                 output=folder,
                 progress=progress,
+                weights=model.weights,
+                work=work,
+                int4_embedding=job.int4_embedding,
             )
         )
         shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
-        recorded = _record(job, vlm, exported.dequantized, questions, folder)
+        recorded = _record(job, model, exported.dequantized, questions, folder, progress)
         progress(f"golden vectors of {len(questions)} questions recorded")
         tolerances = stage_tolerances(job.target, job.precision, recorded.rounding_error)
-        manifest = _manifest(job, vlm, processing, exported, context_length, tolerances)
+        manifest = _manifest(job, vlm, source, processing, exported, context_length, tolerances)
         parity = _check(folder, job, manifest, recorded.quantization_error)
         progress(f"replayed on {parity.runtime}: every stage within tolerance")
         manifest = manifest.model_copy(update={"parity": parity, "files": file_records(folder)})
         write_manifest(folder, manifest)
     return manifest
+
+
+def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, Any]:
+    """What decides the graphs: an export that broke off is continued only by the same."""
+    return {
+        "target": job.target,
+        "precision": job.precision,
+        "context_length": context_length,
+        "int4_embedding": job.int4_embedding,
+        "weights_sha256": source.weights_sha256,
+        "environment": environment_of(job.target),
+    }
 
 
 def _check_image_size(checkpoint: Path, vlm: MobileVlm, processing: Processing) -> None:
@@ -143,49 +170,56 @@ class Recorded:
 
 @torch.no_grad()
 def _record(
-    job: ExportJob, vlm: MobileVlm, dequantized: Mapping[str, torch.Tensor], questions: Sequence[Probe], folder: Path
+    job: ExportJob,
+    model: LoadedModel,
+    dequantized: Mapping[str, torch.Tensor],
+    questions: Sequence[Probe],
+    folder: Path,
+    progress: Callable[[str], None],
 ) -> Recorded:
-    """Write the golden vectors of the weights that the files hold.
-
-    ``vlm`` holds the dequantised weights afterwards: a second copy of a large model would not fit into memory.
-    """
-    in_float = outputs = [run_stages(vlm, probe) for probe in questions]
-    _load_dequantized(job, vlm, dequantized)
+    """Write the golden vectors of the weights that the files hold; ``model`` computes with them afterwards."""
+    rounds = 2 if dequantized else 1
+    meter = Meter("golden vectors", rounds * GREEDY_TOKENS, progress)
+    in_float = outputs = run_stages_together(model, questions, meter.advance)
+    _check_dequantized(job, model.weights, dequantized)
+    model.use(dequantized)
     if dequantized:
-        outputs = [run_stages(vlm, probe) for probe in questions]
+        outputs = run_stages_together(model, questions, meter.advance)
     write_golden(
         folder,
         [golden_case(probe, out) for probe, out in zip(questions, outputs, strict=True)],
         {name: v for probe, out in zip(questions, outputs, strict=True) for name, v in golden_vectors(probe, out)},
         {probe.image_file: probe.image for probe in questions if probe.image_file and probe.image},
     )
-    with rounded_activations(vlm, ACTIVATIONS[job.target][job.precision]):
-        rounding_error = forced_errors(vlm, questions, outputs)
-    return Recorded(forced_errors(vlm, questions, in_float), rounding_error)
+    with rounded_activations(model.vlm, ACTIVATIONS[job.target][job.precision]):
+        rounding_error = forced_errors_together(model, questions, outputs)
+    return Recorded(forced_errors_together(model, questions, in_float), rounding_error)
 
 
-def _load_dequantized(job: ExportJob, vlm: MobileVlm, dequantized: Mapping[str, torch.Tensor]) -> None:
-    """Put what the files hold into ``vlm``, weight by weight.
+def _check_dequantized(
+    job: ExportJob, weights: Mapping[str, torch.Tensor], dequantized: Mapping[str, torch.Tensor]
+) -> None:
+    """Compare what the files hold with the checkpoint, weight by weight.
 
     Raises:
         VerificationError: a weight is too far from the checkpoint's to be its rounding, so it was packed wrongly.
     """
-    parameters, limit = vlm.state_dict(), WEIGHT_ERROR_LIMITS[job.precision]
+    limit = WEIGHT_ERROR_LIMITS[job.precision]
     for name in dequantized:
-        weight = dequantized[name]
-        wanted = parameters[name].norm().clamp_min(torch.finfo(torch.float32).tiny)
-        error = float((weight - parameters[name]).norm() / wanted)
+        wanted = weights[name]
+        norm = wanted.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        error = float((dequantized[name] - wanted).norm() / norm)
         if not error <= limit:
             raise VerificationError(
                 f"the {job.target} files do not hold the checkpoint's weights at {job.precision}: '{name}' is off by "
                 f"{error:.2e}, rounding explains {limit}; {job.output} was not written: run alignkd-doctor"
             )
-        parameters[name].copy_(weight)
 
 
 def _manifest(
     job: ExportJob,
     vlm: MobileVlm,
+    source: Source,
     processing: Processing,
     exported: ExportedGraphs,
     context_length: int,
@@ -195,7 +229,7 @@ def _manifest(
         name=job.name or f"{job.checkpoint.resolve().name}-{job.target}-{job.precision}",
         target=job.target,
         precision=job.precision,
-        source=source_of(job.checkpoint),
+        source=source,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=environment_of(job.target),
         model=model_shape(vlm, context_length),

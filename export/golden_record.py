@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,9 +150,15 @@ def golden_vectors(probe: Probe, outputs: Outputs) -> Iterator[tuple[str, Floats
 
 def forced_errors(vlm: MobileVlm, questions: Sequence[Probe], wanted: Sequence[Outputs]) -> dict[Stage, float]:
     """Feed the ids of ``wanted`` to the model as it is now -> the worst relative L2 error of each stage."""
+    found = (run_forced(vlm, probe, outputs.fed_ids) for probe, outputs in zip(questions, wanted, strict=True))
+    return worst_errors(found, wanted)
+
+
+def worst_errors(found: Iterable[Outputs], wanted: Iterable[Outputs]) -> dict[Stage, float]:
+    """The worst relative L2 error of each stage over all questions."""
     worst: dict[Stage, float] = {}
-    for probe, outputs in zip(questions, wanted, strict=True):
-        for stage, error in _errors(run_forced(vlm, probe, outputs.fed_ids), outputs):
+    for mine, theirs in zip(found, wanted, strict=True):
+        for stage, error in _errors(mine, theirs):
             worst[stage] = max(worst.get(stage, 0.0), error)
     return worst
 

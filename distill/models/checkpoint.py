@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -48,33 +49,62 @@ LLAMA_FIELDS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A weight of a checkpoint that was not read yet."""
+
+    file: Path
+    name: str  # as stored
+    shape: tuple[int, ...]
+
+    def load(self) -> torch.Tensor:
+        """Its values in the stored type, mapped from the file: pages that nobody reads cost no memory."""
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_tensor(self.name)
+
+
 def load_vlm(path: str | Path, dtype: torch.dtype = torch.float32) -> MobileVlm:
     """Open a checkpoint directory.
 
     Raises:
         UsageError: the directory, config, weights or vision tower is missing, unsupported or damaged.
     """
+    skeleton, weights = open_checkpoint(path)
+    vlm = MobileVlm(skeleton.config)
+    vlm.load_state_dict({name: weight.load() for name, weight in weights.items()})
+    nn.Module.to(vlm, dtype=dtype)  # transformers wraps its own .to() in a way that mypy cannot read
+    return vlm.eval()
+
+
+def open_checkpoint(path: str | Path) -> tuple[MobileVlm, dict[str, StoredTensor]]:
+    """A checkpoint's model on the meta device, without values, and where the value of each state-dict name lies.
+
+    Raises:
+        UsageError: as ``load_vlm``.
+    """
     folder = Path(path)
     config = read_json(folder / "config.json", folder)
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture == PUBLISHED_ARCHITECTURE:
-        open_layout = _load_published
+        open_layout = _open_published
     elif architecture == OUR_ARCHITECTURE:
-        open_layout = _load_ours
+        open_layout = _open_ours
     else:
         raise UsageError(
             f"{folder}: architecture '{architecture}' is not supported; supported: {PUBLISHED_ARCHITECTURE} "
             f"(MobileVLM V2 as published), {OUR_ARCHITECTURE} (made by alignkd-distill)"
         )
     try:
-        vlm = open_layout(folder, config)
+        ours, weights = open_layout(folder, config)
+        with torch.device("meta"):
+            vlm = MobileVlm(ours)
     except IMPOSSIBLE_CONFIG as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"{folder}: config.json describes no model that can be built ({type(error).__name__}: {reason})"
         ) from error
-    nn.Module.to(vlm, dtype=dtype)  # transformers wraps its own .to() in a way that mypy cannot read
-    return vlm.eval()
+    _check(vlm.state_dict(), weights, folder)
+    return vlm.eval(), weights
 
 
 def read_json(path: Path, folder: Path) -> dict[str, Any]:
@@ -106,36 +136,38 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by its stored name."""
-    state: dict[str, torch.Tensor] = {}
-    for file in weight_files(folder):
-        if not file.is_file():
-            raise UsageError(f"{folder}: weight file {file.name} is named by the index but missing")
+def read_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by its stored name; values are not read."""
+    weights: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        if not path.is_file():
+            raise UsageError(f"{folder}: weight file {path.name} is named by the index but missing")
         try:
-            state.update(load_file(file))
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    weights[name] = StoredTensor(path, name, tuple(file.get_slice(name).get_shape()))
         except SafetensorError as error:
-            raise UsageError(f"{file} is damaged ({error}); copy or download it again") from error
-    return state
+            raise UsageError(f"{path} is damaged ({error}); copy or download it again") from error
+    return weights
 
 
-def _load_ours(folder: Path, config: dict[str, Any]) -> MobileVlm:
-    return _fill(MobileVlm(MobileVlmConfig.from_dict(config)), read_weights(folder), folder)
+def _open_ours(folder: Path, config: dict[str, Any]) -> tuple[MobileVlmConfig, dict[str, StoredTensor]]:
+    return MobileVlmConfig.from_dict(config), read_weights(folder)
 
 
-def _load_published(folder: Path, config: dict[str, Any]) -> MobileVlm:
+def _open_published(folder: Path, config: dict[str, Any]) -> tuple[MobileVlmConfig, dict[str, StoredTensor]]:
     projector = str(config.get("mm_projector_type"))
     names = _names(projector, folder)
-    state = {
+    weights = {
         _rename(name, names, folder): tensor
         for name, tensor in read_weights(folder).items()
         if not name.endswith(IGNORED_SUFFIXES)
     }
     tower_folder = tower_directory(folder, config)
-    if not any(name.startswith("vision_tower.") for name in state):
+    if not any(name.startswith("vision_tower.") for name in weights):
         if tower_folder is None:
             raise _no_tower(folder, config)
-        state.update(_tower_weights(tower_folder))
+        weights.update(_tower_weights(tower_folder))
     vision = _vision_config(folder, config, tower_folder)
     text = LlamaConfig(**{key: config[key] for key in LLAMA_FIELDS if key in config}, rope_parameters=_rope(config))
     text.tie_word_embeddings = False
@@ -146,7 +178,7 @@ def _load_published(folder: Path, config: dict[str, Any]) -> MobileVlm:
         projector_type=projector,
         image_aspect_ratio={"pad": "pad"}.get(config.get("image_aspect_ratio", "pad"), "crop"),
     )
-    return _fill(MobileVlm(ours), state, folder)
+    return ours, weights
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +230,7 @@ def _vision_config(folder: Path, config: dict[str, Any], tower_folder: Path | No
     )
 
 
-def _tower_weights(tower_folder: Path) -> dict[str, torch.Tensor]:
+def _tower_weights(tower_folder: Path) -> dict[str, StoredTensor]:
     weights = read_weights(tower_folder)
     return {
         "vision_tower." + name.removeprefix("vision_model."): tensor
@@ -207,19 +239,16 @@ def _tower_weights(tower_folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def _fill(model: MobileVlm, state: dict[str, torch.Tensor], folder: Path) -> MobileVlm:
-    wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(state))
-    extra = sorted(set(state) - set(wanted))
+def _check(wanted: Mapping[str, torch.Tensor], weights: Mapping[str, StoredTensor], folder: Path) -> None:
+    missing = sorted(set(wanted) - set(weights))
+    extra = sorted(set(weights) - set(wanted))
     if missing or extra:
         raise UsageError(
             f"{folder}: weights do not fit the config: {len(missing)} missing (first: {missing[:1]}), "
             f"{len(extra)} unknown (first: {extra[:1]})"
         )
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
+    for name, weight in weights.items():
+        if weight.shape != tuple(wanted[name].shape):
             raise UsageError(
-                f"{folder}: '{name}' has shape {list(tensor.shape)}, the config asks for {list(wanted[name].shape)}"
+                f"{folder}: '{name}' has shape {list(weight.shape)}, the config asks for {list(wanted[name].shape)}"
             )
-    model.load_state_dict(state)
-    return model

@@ -1,0 +1,106 @@
+"""A model, in memory or streamed, and all golden questions -> what each stage computes; weights are read once for all.
+
+The questions go through the decoder side by side, layer by layer: of a model that does not fit into memory, reading the
+weights takes most of the time, and so it takes no more for four questions than for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from bundle.golden import GREEDY_TOKENS
+from bundle.manifest import Stage
+from bundle.prompt import splice, text_ids
+from bundle.runtimes.contract import Floats
+from export.golden_record import Outputs, Probe, worst_errors
+from export.streamed_model import LoadedModel
+
+Advance = Callable[[], None]  # called after each token
+
+
+@torch.no_grad()
+def run_stages_together(model: LoadedModel, questions: Sequence[Probe], advance: Advance) -> list[Outputs]:
+    """``golden_record.run_stages`` of every question."""
+    visual, embeddings, rows = _inputs(model, questions)
+    caches = [DynamicCache(config=model.vlm.config.text_config) for _ in questions]
+    logits: list[list[Floats]] = [[] for _ in questions]
+    ids: list[list[int]] = [[] for _ in questions]
+    for _ in range(GREEDY_TOKENS):
+        hidden = _hidden_states(model, rows, caches)
+        last = model.vlm.lm_head(torch.cat([states[:, -1] for states in hidden]))  # [questions, V]
+        for found, fed, row in zip(logits, ids, last.numpy(), strict=True):
+            found.append(row)
+            fed.append(int(row.argmax()))
+        rows = list(
+            model.vlm.get_input_embeddings()(torch.tensor([[fed[-1:]] for fed in ids])).unbind()
+        )  # n x [1, 1, D]
+        advance()
+    return [
+        Outputs(seen, text, np.stack(found), tuple(fed))
+        for seen, text, found, fed in zip(visual, embeddings, logits, ids, strict=True)
+    ]
+
+
+@torch.no_grad()
+def forced_errors_together(
+    model: LoadedModel, questions: Sequence[Probe], wanted: Sequence[Outputs]
+) -> dict[Stage, float]:
+    """``golden_record.forced_errors`` with one pass over the weights."""
+    visual, embeddings, prompts = _inputs(model, questions)
+    answers = model.vlm.get_input_embeddings()(torch.tensor([outputs.fed_ids[:-1] for outputs in wanted]))  # [n, 31, D]
+    rows = [torch.cat([prompt, answer[None]], 1) for prompt, answer in zip(prompts, answers, strict=True)]
+    hidden = _hidden_states(model, rows, [None] * len(rows))
+    answered = [states[0, prompt.shape[1] - 1 :] for states, prompt in zip(hidden, prompts, strict=True)]
+    logits = model.vlm.lm_head(torch.stack(answered)).numpy()  # [n, 32, V]
+    found = [
+        Outputs(seen, text, rows_of_logits, outputs.fed_ids)
+        for seen, text, rows_of_logits, outputs in zip(visual, embeddings, logits, wanted, strict=True)
+    ]
+    return worst_errors(found, wanted)
+
+
+def _inputs(
+    model: LoadedModel, questions: Sequence[Probe]
+) -> tuple[list[Floats | None], list[Floats], list[torch.Tensor]]:
+    """Per question: visual tokens [1, N, D] or None, text embeddings [1, T, D], what the decoder is fed [1, L, D]."""
+    vlm = model.vlm
+    pixels = [torch.from_numpy(probe.pixels) for probe in questions if probe.pixels is not None]
+    features = iter(vlm.encode_images(torch.cat(pixels)).numpy() if pixels else ())  # of [N, D]
+    visual = [None if probe.pixels is None else next(features)[None] for probe in questions]
+    ids = [text_ids(probe.prompt.token_ids, vlm.image_token_id) for probe in questions]
+    lengths = [len(text) for text in ids]
+    table = vlm.get_input_embeddings()(torch.tensor([[token for text in ids for token in text]]))  # [1, all T, D]
+    embeddings = [rows.numpy() for rows in table.split(lengths, 1)]
+    spliced = [
+        torch.from_numpy(splice(probe.prompt.token_ids, vlm.image_token_id, text, seen))
+        for probe, text, seen in zip(questions, embeddings, visual, strict=True)
+    ]
+    return visual, embeddings, spliced
+
+
+def _hidden_states(
+    model: LoadedModel, rows: Sequence[torch.Tensor], caches: Sequence[DynamicCache | None]
+) -> list[torch.Tensor]:
+    """Embeddings [1, L, D] of each sequence -> its last hidden states after the final norm [1, L, D]."""
+    language = model.vlm.language_model
+    starts = [0 if cache is None else cache.get_seq_length() for cache in caches]
+    positions = [torch.arange(at, at + x.shape[1])[None] for x, at in zip(rows, starts, strict=True)]  # n x [1, L]
+    rotary = [language.rotary_emb(x, at) for x, at in zip(rows, positions, strict=True)]
+    states = list(rows)
+    for layer in language.layers:
+        with model.held(layer):
+            states = [
+                layer(
+                    x,  # no mask: the attention of one whole sequence, or of its next row, is causal by itself
+                    position_ids=at,
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                    position_embeddings=angles,
+                )
+                for x, at, cache, angles in zip(states, positions, caches, rotary, strict=True)
+            ]  # n x [1, L, D]
+    return [language.norm(x) for x in states]
