@@ -48,7 +48,9 @@ class ExportConfig:
     context_length: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """tokens that image, prompt and answer may take together; default: 1024, or the model's own limit if it is less"""
     int4_embedding: Flag = False
-    """with --int4 and --target onnx: the embedding table int4 too, half its bytes at ten times its error"""
+    """with --target onnx --int4: the embedding table int4 too, half its bytes at ten times its error"""
+    fp16_cache: Flag = False
+    """with --target onnx at int4 or int8: keys and values as float16, half their memory"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
     json: Flag = False
@@ -72,10 +74,7 @@ def chosen_precision(config: ExportConfig) -> Precision:
 def export(config: ExportConfig) -> int:
     """Run one export and print where the bundle lies."""
     target, precision = known_target(config.target), chosen_precision(config)
-    if config.int4_embedding and (target, precision) != ("onnx", "int4"):
-        raise UsageError(
-            f"--int4-embedding is for --target onnx --int4, not --target {target} --{precision}; leave it out"
-        )
+    _check_onnx_options(config, target, precision)
     start = time.monotonic()
     manifest = _run(config, target, precision)
     if config.json:
@@ -85,8 +84,27 @@ def export(config: ExportConfig) -> int:
     return 0
 
 
+def _check_onnx_options(config: ExportConfig, target: Target, precision: Precision) -> None:
+    """Refuse options that the target or the precision does not have.
+
+    Raises:
+        UsageError: naming the option and where it belongs.
+    """
+    options: tuple[tuple[str, bool, tuple[Precision, ...]], ...] = (
+        ("--int4-embedding", config.int4_embedding, ("int4",)),
+        ("--fp16-cache", config.fp16_cache, ("int4", "int8")),  # the float precisions promise float32 activations
+    )
+    for flag, asked, precisions in options:
+        if asked and (target != "onnx" or precision not in precisions):
+            allowed = " or ".join(f"--{name}" for name in precisions)
+            raise UsageError(
+                f"{flag} is for --target onnx {allowed}, not --target {target} --{precision}; leave it out"
+            )
+
+
 def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest:
     try:
+        from export.contract import OnnxOptions
         from export.frame import ExportJob, export_bundle
     except ModuleNotFoundError as error:
         raise missing_extra((error.name or "torch").split(".")[0], target) from error
@@ -105,7 +123,7 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
         config.output,
         config.context_length,
         config.name,
-        config.int4_embedding,
+        OnnxOptions(config.int4_embedding, config.fp16_cache),
     )
     manifest = export_bundle(job, progress)
     progress(f"peak memory of this process {peak_memory_bytes() / (1 << 30):.2f} GiB")

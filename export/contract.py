@@ -14,6 +14,14 @@ from export.work_folder import WorkFolder
 
 
 @dataclass(frozen=True)
+class OnnxOptions:
+    """What only the ONNX target offers."""
+
+    int4_embedding: bool = False  # the embedding table at 4 bits too
+    fp16_cache: bool = False  # keys and values as float16
+
+
+@dataclass(frozen=True)
 class ExportRequest:
     """One model to be written at one precision into the bundle directory under construction."""
 
@@ -27,7 +35,7 @@ class ExportRequest:
     progress: Callable[[str], None]  # one short line per finished step
     weights: Mapping[str, torch.Tensor] | None = None  # lazy, of a streamed model; None: those of ``vlm``
     work: WorkFolder | None = None  # where finished graphs are noted, to be used again after a kill
-    int4_embedding: bool = False  # the embedding table at 4 bits too
+    onnx: OnnxOptions = OnnxOptions()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from bundle.verify import replay
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.projector import LDP_V2
-from export.contract import ExportedGraphs, ExportRequest
+from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
 from export.golden_lockstep import forced_errors_together, run_stages_together
 from export.golden_record import Probe, golden_case, golden_vectors, probes
 from export.meter import Meter
@@ -64,7 +64,7 @@ class ExportJob:
     output: Path
     context_length: int | None = None
     name: str | None = None
-    int4_embedding: bool = False
+    onnx: OnnxOptions = OnnxOptions()
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -102,7 +102,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 progress=progress,
                 weights=model.weights,
                 work=work,
-                int4_embedding=job.int4_embedding,
+                onnx=job.onnx,
             )
         )
         shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
@@ -123,7 +123,7 @@ def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, 
         "target": job.target,
         "precision": job.precision,
         "context_length": context_length,
-        "int4_embedding": job.int4_embedding,
+        "onnx": asdict(job.onnx),
         "weights_sha256": source.weights_sha256,
         "environment": environment_of(job.target),
     }

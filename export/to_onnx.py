@@ -52,7 +52,7 @@ def export_onnx(request: ExportRequest) -> ExportedGraphs:
         weights=vlm.state_dict() if request.weights is None else request.weights,
         shapes=shapes,
         precision=precision,
-        overrides={EMBEDDING: Storage(4, INT4_GROUP)} if request.int4_embedding else {},
+        overrides={EMBEDDING: Storage(4, INT4_GROUP)} if request.onnx.int4_embedding else {},
         meter=Meter("weights written", values, request.progress),
     )
     for name, write in todo.items():
@@ -88,7 +88,11 @@ def _writers(request: ExportRequest, paths: dict[GraphName, str]) -> dict[GraphN
         "vision_encoder": partial(write_vision_encoder, vlm=vlm, path=paths["vision_encoder"]),
         "token_embedding": partial(write_embedding, vlm=vlm, path=paths["token_embedding"]),
         "text_decoder": partial(
-            write_decoder, vlm=vlm, context_length=request.context_length, path=paths["text_decoder"]
+            write_decoder,
+            vlm=vlm,
+            context_length=request.context_length,
+            path=paths["text_decoder"],
+            half_cache=request.onnx.fp16_cache,
         ),
     }
 
@@ -129,7 +133,7 @@ QUANTIZATION: dict[Precision, dict[GraphName, GraphQuantization]] = {
 def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     """The table's row, with the number of decoder matrices whose width the group does not divide."""
     row = dict(QUANTIZATION[request.precision])
-    if request.int4_embedding:
+    if request.onnx.int4_embedding:
         row["token_embedding"] = TABLE_4
     shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
     odd = fallbacks(shapes, request.precision)

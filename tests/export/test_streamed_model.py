@@ -1,0 +1,134 @@
+"""A model whose weights stay in their files computes what the whole one does, and holds few of them at once."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from bundle.verify import relative_error
+from distill.models.checkpoint import load_vlm, open_checkpoint
+from distill.models.mobilevlm import MobileVlm
+from export.golden_lockstep import forced_errors_together, run_stages_together
+from export.golden_record import forced_errors, run_forced, run_stages
+from export.streamed_model import StreamedModel, WholeModel, open_streamed, open_whole
+from tests.export.conftest import STUDENT
+from tests.export.models import random_vlm
+from tests.export.test_frame import student_probes
+
+
+def nothing() -> None:
+    """Takes the place of a progress line."""
+
+
+class Counted(Mapping[str, torch.Tensor]):
+    """Weights that are copied when asked for; knows how many bytes of the copies were ever alive at once."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.weights, self.alive, self.most = weights, 0, 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        copy = self.weights[name].clone()
+        self.alive += copy.nbytes
+        self.most = max(self.most, self.alive)
+        # the storage lives as long as any parameter made of the copy
+        weakref.finalize(copy.untyped_storage(), self._freed, copy.nbytes)
+        return copy
+
+    def _freed(self, size: int) -> None:
+        self.alive -= size
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def test_streamed_stages_are_those_of_the_whole_model() -> None:
+    streamed, whole = open_streamed(STUDENT), load_vlm(STUDENT)
+    for probe in (student_probes()[0], student_probes()[-1]):
+        found, wanted = run_stages(streamed.vlm, probe), run_stages(whole, probe)
+        assert found.fed_ids == wanted.fed_ids
+        np.testing.assert_array_equal(found.greedy_logits, wanted.greedy_logits)
+    assert all(parameter.is_meta for parameter in streamed.vlm.parameters())
+
+
+@pytest.mark.parametrize("opened", [open_streamed, open_whole])
+def test_questions_side_by_side_give_what_each_gives_alone(opened: type) -> None:
+    model, whole, questions = opened(STUDENT), load_vlm(STUDENT), student_probes()
+    alone = [run_stages(whole, probe) for probe in questions]
+    steps: list[None] = []
+    for found, wanted in zip(run_stages_together(model, questions, lambda: steps.append(None)), alone, strict=True):
+        assert found.fed_ids == wanted.fed_ids
+        assert relative_error(found.greedy_logits, wanted.greedy_logits) < 1e-5
+        assert relative_error(found.embeddings, wanted.embeddings) == 0
+        assert (found.visual_tokens is None) == (wanted.visual_tokens is None)
+        if found.visual_tokens is not None and wanted.visual_tokens is not None:
+            assert relative_error(found.visual_tokens, wanted.visual_tokens) < 1e-5
+    assert len(steps) == len(alone[0].fed_ids)
+    errors = forced_errors_together(model, questions, alone)
+    assert errors.keys() == forced_errors(whole, questions, alone).keys()
+    assert max(errors.values()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["streamed", "whole"])
+def test_other_weights_take_effect_and_the_rest_stays(kind: str) -> None:
+    model = open_streamed(STUDENT) if kind == "streamed" else open_whole(STUDENT)
+    changed = {"lm_head.weight": 2 * model.weights["lm_head.weight"]}
+    probe = student_probes()[-1]
+    before = run_stages(load_vlm(STUDENT), probe)
+    model.use(changed)
+    doubled = run_forced(model.vlm, probe, before.fed_ids).greedy_logits
+    assert relative_error(doubled, 2 * before.greedy_logits) < 1e-5
+
+
+def test_memory_holds_a_layer_or_a_table_and_not_the_model() -> None:
+    vlm = random_vlm(hidden=128, feed_forward=512)
+    counted = Counted({name: weight.clone() for name, weight in vlm.state_dict().items()})
+    with torch.device("meta"):
+        skeleton = MobileVlm(vlm.config).eval()
+    model = StreamedModel(skeleton, counted)
+    rows = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer = model.vlm.language_model.layers[0]
+        one_layer = sum(parameter.nbytes for parameter in layer.parameters())
+        largest = max(weight.nbytes for weight in counted.weights.values())
+        hidden = model.vlm.language_model(inputs_embeds=rows, use_cache=False).last_hidden_state
+        wanted = vlm.language_model(inputs_embeds=rows, use_cache=False).last_hidden_state
+        torch.testing.assert_close(hidden, wanted)
+        assert counted.most <= largest  # one module at a time
+        with model.held(layer):
+            assert not any(parameter.is_meta for parameter in layer.parameters())
+        gc.collect()
+    assert counted.alive == 0
+    assert largest < counted.most == one_layer < sum(weight.nbytes for weight in counted.weights.values()) / 2
+
+
+def test_a_failing_forward_pass_lets_the_weights_go() -> None:
+    model = open_streamed(STUDENT)
+    with pytest.raises(RuntimeError):
+        model.vlm.lm_head(torch.zeros(1, 3))
+    with pytest.raises(RuntimeError), model.held(model.vlm.language_model.layers[0]):
+        model.vlm.language_model.layers[0].mlp(torch.zeros(1, 3))
+    assert all(parameter.is_meta for parameter in model.vlm.parameters())
+
+
+def test_opening_reads_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    vlm, stored = open_checkpoint(STUDENT)
+    load = type(stored["lm_head.weight"]).load
+
+    def counting(weight: object) -> torch.Tensor:
+        reads.append("")
+        return load(weight)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(stored["lm_head.weight"]), "load", counting)
+    model = open_streamed(STUDENT)
+    assert isinstance(model, StreamedModel) and not isinstance(model, WholeModel)
+    assert reads == [] and vlm.state_dict().keys() == stored.keys()
+    assert model.weights["lm_head.weight"].dtype == torch.float32 and len(reads) == 1
