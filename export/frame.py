@@ -206,7 +206,7 @@ def _check_dequantized(
     """
     limit = WEIGHT_ERROR_LIMITS[job.precision]
     for name in dequantized:
-        wanted = weights[name]
+        wanted = weights[name].float()
         norm = wanted.norm().clamp_min(torch.finfo(torch.float32).tiny)
         error = float((dequantized[name] - wanted).norm() / norm)
         if not error <= limit:

@@ -13,13 +13,12 @@ import torch
 from bundle.manifest import Precision
 from export.meter import Meter
 from export.onnx_stored import Stored, StoredBlocks, StoredHalves
-from export.onnx_weights import Bytes, Floats, block_size_of, pack
+from export.onnx_weights import CHUNK_VALUES, Bytes, Floats, block_size_of, pack
 from export.onnx_writer import MICROSOFT, GraphWriter
 from export.recipe import Storage, storage_of
 
 ACCURACY_INT8 = 4  # MatMulNBits quantizes activations to int8 per block; its integer kernels need it
 FLOAT = 1  # onnx.TensorProto.FLOAT
-CHUNK_VALUES = 1 << 18  # quantized at once: temporaries of 1 MB stay in the cache, half the time of 16 MB ones
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,12 @@ class ModelWriter(GraphWriter):
         """One weight of the model as float32."""
         self._source.meter.advance(math.prod(self.shape(name)))
         return self._source.weights[name].detach().float().numpy()
+
+    def chunks(self, name: str, count: int) -> Iterator[Floats]:
+        """One weight of the model as float32, in ``count`` pieces of its rows."""
+        for rows in self._source.weights[name].detach().tensor_split(count):
+            self._source.meter.advance(rows.numel())
+            yield rows.float().numpy()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A weight's shape, without reading it."""
@@ -108,7 +113,7 @@ class ModelWriter(GraphWriter):
 
         def parts() -> Iterator[Bytes]:
             for name, count in zip(names, rows, strict=True):
-                for chunk in np.array_split(self.weight(name), -(-count * columns // CHUNK_VALUES)):
+                for chunk in self.chunks(name, -(-count * columns // CHUNK_VALUES)):
                     packed = pack(chunk, bits, block)
                     scales.append(packed.scales)
                     yield packed.data

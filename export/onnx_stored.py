@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from bundle.manifest import Frozen
-from export.onnx_weights import Floats, Packed, unpack
+from export.contract import LazyWeights
+from export.onnx_weights import CHUNK_VALUES, Floats, Packed, unpack
 
 
 class StoredBlocks(Frozen):
@@ -27,13 +28,18 @@ class StoredBlocks(Frozen):
     block: int
     columns: int
 
-    def read(self, folder: Path) -> Floats:
-        """[rows, columns]."""
+    def read(self, folder: Path, out: Floats | None = None) -> Floats:
+        """[rows, columns], written into ``out`` if given."""
         blocks, blob = -(-self.columns // self.block), self.block * self.bits // 8
         path = folder / self.file
         data = np.memmap(path, np.uint8, "r", self.data_at + self.first * blocks * blob, (self.rows, blocks, blob))
         scales = np.memmap(path, np.float32, "r", self.scales_at + self.first * blocks * 4, (self.rows, blocks))
-        return unpack(Packed(data, scales, self.bits, self.block, self.columns))
+        weight = np.empty((self.rows, self.columns), np.float32) if out is None else out
+        step = max(1, CHUNK_VALUES // self.columns)
+        for at in range(0, self.rows, step):
+            rows = slice(at, at + step)
+            weight[rows] = unpack(Packed(data[rows], scales[rows], self.bits, self.block, self.columns))
+        return weight
 
 
 class StoredChannels(Frozen):
@@ -77,7 +83,7 @@ class StoredHalves(Frozen):
 Stored = Annotated[StoredBlocks | StoredChannels | StoredHalves, Field(discriminator="kind")]
 
 
-class StoredWeights(Mapping[str, torch.Tensor]):
+class StoredWeights(LazyWeights):
     """State-dict name -> the float32 weight that the files in ``folder`` mean, read from them when asked for."""
 
     def __init__(self, folder: Path, records: Mapping[str, Stored] | None = None) -> None:
@@ -86,6 +92,13 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.records[name].read(self._folder))
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        record = self.records[name]
+        if isinstance(record, StoredBlocks):
+            record.read(self._folder, out.numpy())
+        else:
+            out.copy_(self[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.records)

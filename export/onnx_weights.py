@@ -14,6 +14,7 @@ Bytes = NDArray[np.uint8]
 # thread: 8 bits in blocks of 128 take 25 ms, of 32 take 42 ms, float32 57 ms; error 9.1e-3 against 7.6e-3.
 CHANNEL_BLOCK = 128
 SMALLEST_BLOCK = 16
+CHUNK_VALUES = 1 << 18  # packed or unpacked at once: temporaries of 1 MB stay in the cache, half the time of 16 MB ones
 # Scales tried for a group, as parts of the one that its extreme asks for. Normal weights at 4 bits in groups of 32:
 # relative error 8.6e-2 with the extreme's own scale, 8.2e-2 with the best of these after a least-squares fit, 8.1e-2
 # with the best of 21.

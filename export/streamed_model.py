@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from distill.models.checkpoint import StoredTensor, load_vlm, open_checkpoint
 from distill.models.mobilevlm import MobileVlm
+from export.contract import LazyWeights
 
 
 class LoadedModel(Protocol):
@@ -23,7 +24,7 @@ class LoadedModel(Protocol):
 
     Attributes:
         vlm: runs either way.
-        weights: state-dict name -> the checkpoint's weight as float32.
+        weights: state-dict name -> the checkpoint's weight, in any float type.
     """
 
     vlm: MobileVlm
@@ -36,14 +37,17 @@ class LoadedModel(Protocol):
         """Have the weights of a part of the model in memory during the block, for several calls of it."""
 
 
-class CheckpointWeights(Mapping[str, torch.Tensor]):
-    """State-dict name -> float32 weight, read from the checkpoint's files when asked for."""
+class CheckpointWeights(LazyWeights):
+    """State-dict name -> the weight as the checkpoint's files hold it."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self._stored = stored
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._stored[name].load().float()
+        return self._stored[name].load()
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        out.copy_(self._stored[name].load())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -56,11 +60,17 @@ class StreamedModel:
     """A MobileVlm that computes with the weights of a mapping, one module's at a time.
 
     Its parameters are on the meta device except while their module runs or is ``held``.
+
+    Attributes:
+        buffer_bytes: what all weights that were ever in memory at once took.
     """
 
-    def __init__(self, vlm: MobileVlm, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, vlm: MobileVlm, weights: LazyWeights) -> None:
         self.vlm = vlm
-        self.weights = weights
+        self.weights: Mapping[str, torch.Tensor] = weights
+        self._stored = weights
+        self._free: dict[torch.Size, list[torch.Tensor]] = {}  # to be filled again
+        self.buffer_bytes = 0
         self._changed: Mapping[str, torch.Tensor] = {}
         self._held: set[nn.Module] = set()
         _make_buffers(vlm)
@@ -86,7 +96,7 @@ class StreamedModel:
         finally:
             for part in parts:
                 self._held.discard(part)
-                _empty(part)
+                self._empty(part)
 
     def _before(self, prefix: str, own: list[str]) -> Callable[[nn.Module, object], None]:
         def hook(module: nn.Module, _inputs: object) -> None:
@@ -97,12 +107,35 @@ class StreamedModel:
 
     def _after(self, module: nn.Module, _inputs: object, _output: object) -> None:
         if module not in self._held:
-            _empty(module)
+            self._empty(module)
 
     def _fill(self, module: nn.Module, prefix: str, own: list[str]) -> None:
         for name in own:
-            source = self._changed if prefix + name in self._changed else self.weights
-            setattr(module, name, nn.Parameter(source[prefix + name], requires_grad=False))
+            buffer = self._buffer(module.get_parameter(name).shape)
+            self._read(prefix + name, buffer)
+            setattr(module, name, nn.Parameter(buffer, requires_grad=False))
+
+    def _read(self, name: str, buffer: torch.Tensor) -> None:
+        if name not in self._changed:
+            self._stored.read_into(name, buffer)
+        elif isinstance(self._changed, LazyWeights):
+            self._changed.read_into(name, buffer)
+        else:
+            buffer.copy_(self._changed[name])
+
+    def _buffer(self, shape: torch.Size) -> torch.Tensor:
+        free = self._free.setdefault(shape, [])
+        if free:
+            return free.pop()
+        buffer = torch.empty(shape)
+        self.buffer_bytes += buffer.nbytes
+        return buffer
+
+    def _empty(self, module: nn.Module) -> None:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                self._free[parameter.shape].append(parameter.data)
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
 
 class WholeModel:
@@ -137,11 +170,6 @@ def open_whole(checkpoint: str | Path) -> WholeModel:
         UsageError: as ``open_streamed``.
     """
     return WholeModel(load_vlm(checkpoint))
-
-
-def _empty(module: nn.Module) -> None:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
 
 def _make_buffers(vlm: MobileVlm) -> None:

@@ -1,4 +1,4 @@
-"""What only the ONNX target offers: an int4 embedding table, keys and values as float16; and the shared cache buffers."""
+"""What only ONNX offers: an int4 embedding table, keys and values as float16; and that cache buffers are shared."""
 
 from __future__ import annotations
 
