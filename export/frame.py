@@ -33,11 +33,11 @@ from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.projector import LDP_V2
 from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
-from export.golden_lockstep import forced_errors_together, run_stages_together
+from export.golden_lockstep import forced_errors_together, golden_work, run_stages_together
 from export.golden_record import Probe, golden_case, golden_vectors, probes
 from export.meter import Meter
 from export.provenance import environment_of, source_of
-from export.room import STREAMED, check_room
+from export.room import STREAMED, check_room, release_free_memory
 from export.rounding import rounded_activations
 from export.shape import model_shape
 from export.streamed_model import LoadedModel, open_streamed, open_whole
@@ -107,6 +107,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
         )
         shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
         recorded = _record(job, model, exported.dequantized, questions, folder, progress)
+        release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
         tolerances = stage_tolerances(job.target, job.precision, recorded.rounding_error)
         manifest = _manifest(job, vlm, source, processing, exported, context_length, tolerances)
@@ -179,7 +180,7 @@ def _record(
 ) -> Recorded:
     """Write the golden vectors of the weights that the files hold; ``model`` computes with them afterwards."""
     rounds = 2 if dequantized else 1
-    meter = Meter("golden vectors", rounds * GREEDY_TOKENS, progress)
+    meter = Meter("golden vectors", golden_work(model.vlm, questions, rounds, forced_rounds=2), progress)
     in_float = outputs = run_stages_together(model, questions, meter.advance)
     _check_dequantized(job, model.weights, dequantized)
     model.use(dequantized)
@@ -192,8 +193,8 @@ def _record(
         {probe.image_file: probe.image for probe in questions if probe.image_file and probe.image},
     )
     with rounded_activations(model.vlm, ACTIVATIONS[job.target][job.precision]):
-        rounding_error = forced_errors_together(model, questions, outputs)
-    return Recorded(forced_errors_together(model, questions, in_float), rounding_error)
+        rounding_error = forced_errors_together(model, questions, outputs, meter.advance)
+    return Recorded(forced_errors_together(model, questions, in_float, meter.advance), rounding_error)
 
 
 def _check_dequantized(

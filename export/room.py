@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -102,3 +104,12 @@ def available_memory_bytes() -> int:
         return available
     stat = dict(line.split() for line in stat_file.read_text().splitlines())
     return min(available, int(limit) - int(stat["anon"]))  # file pages can be dropped
+
+
+def release_free_memory() -> None:
+    """Give memory that Python has freed back to the system, so that the next engine does not come on top of it.
+
+    The growing KV caches of the recording leave glibc's heap full of holes: 2.6 GB were seen for a 1.7B model.
+    """
+    with suppress(OSError, AttributeError):  # another C library: it keeps what it keeps
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

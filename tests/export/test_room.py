@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import get_args
 
+import psutil
 import pytest
 
 from bundle.manifest import ModelShape, Precision, read_manifest
@@ -92,3 +94,14 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(room, "CGROUP", tmp_path)
     available = room.available_memory_bytes()
     assert available >= least and (limit == "max" or available == 1 << 30)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_goes_back() -> None:
+    blocks = [bytearray(100_000) for _ in range(1000)]
+    pin = bytearray(100_000)  # keeps the top of the heap
+    full = psutil.Process().memory_info().rss
+    del blocks
+    room.release_free_memory()
+    assert psutil.Process().memory_info().rss < full - 50_000_000
+    assert len(pin) == 100_000

@@ -12,16 +12,12 @@ from bundle.verify import relative_error
 from distill.models.checkpoint import load_vlm, open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from export.contract import LazyWeights
-from export.golden_lockstep import forced_errors_together, run_stages_together
+from export.golden_lockstep import forced_errors_together, golden_work, run_stages_together
 from export.golden_record import forced_errors, run_forced, run_stages
 from export.streamed_model import StreamedModel, WholeModel, open_streamed, open_whole
 from tests.export.conftest import STUDENT
 from tests.export.models import random_vlm
 from tests.export.test_frame import student_probes
-
-
-def nothing() -> None:
-    """Takes the place of a progress line."""
 
 
 class Counted(LazyWeights):
@@ -57,16 +53,17 @@ def test_streamed_stages_are_those_of_the_whole_model() -> None:
 def test_questions_side_by_side_give_what_each_gives_alone(opened: type) -> None:
     model, whole, questions = opened(STUDENT), load_vlm(STUDENT), student_probes()
     alone = [run_stages(whole, probe) for probe in questions]
-    steps: list[None] = []
-    for found, wanted in zip(run_stages_together(model, questions, lambda: steps.append(None)), alone, strict=True):
+    work: list[int] = []
+    for found, wanted in zip(run_stages_together(model, questions, work.append), alone, strict=True):
         assert found.fed_ids == wanted.fed_ids
         assert relative_error(found.greedy_logits, wanted.greedy_logits) < 1e-5
         assert relative_error(found.embeddings, wanted.embeddings) == 0
         assert (found.visual_tokens is None) == (wanted.visual_tokens is None)
         if found.visual_tokens is not None and wanted.visual_tokens is not None:
             assert relative_error(found.visual_tokens, wanted.visual_tokens) < 1e-5
-    assert len(steps) == len(alone[0].fed_ids)
-    errors = forced_errors_together(model, questions, alone)
+    assert sum(work) == golden_work(whole, questions, greedy_rounds=1, forced_rounds=0)
+    errors = forced_errors_together(model, questions, alone, work.append)
+    assert sum(work) == golden_work(whole, questions, greedy_rounds=1, forced_rounds=1)
     assert errors.keys() == forced_errors(whole, questions, alone).keys()
     assert max(errors.values()) < 1e-4
 
