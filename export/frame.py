@@ -40,7 +40,7 @@ from export.provenance import environment_of, source_of
 from export.room import STREAMED, check_room, release_free_memory
 from export.rounding import rounded_activations
 from export.shape import model_shape
-from export.streamed_model import LoadedModel, open_streamed, open_whole
+from export.streamed_model import LoadedModel, open_streamed, open_whole, weight_errors
 from export.targets import load_exporter
 from export.tolerances import ACTIVATIONS, stage_tolerances
 from export.work_folder import work_folder
@@ -206,10 +206,7 @@ def _check_dequantized(
         VerificationError: a weight is too far from the checkpoint's to be its rounding, so it was packed wrongly.
     """
     limit = WEIGHT_ERROR_LIMITS[job.precision]
-    for name in dequantized:
-        wanted = weights[name].float()
-        norm = wanted.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        error = float((dequantized[name] - wanted).norm() / norm)
+    for name, error in weight_errors(weights, dequantized):
         if not error <= limit:
             raise VerificationError(
                 f"the {job.target} files do not hold the checkpoint's weights at {job.precision}: '{name}' is off by "

@@ -68,7 +68,6 @@ class StreamedModel:
     def __init__(self, vlm: MobileVlm, weights: LazyWeights) -> None:
         self.vlm = vlm
         self.weights: Mapping[str, torch.Tensor] = weights
-        self._stored = weights
         self._free: dict[torch.Size, list[torch.Tensor]] = {}  # to be filled again
         self.buffer_bytes = 0
         self._changed: Mapping[str, torch.Tensor] = {}
@@ -112,16 +111,8 @@ class StreamedModel:
     def _fill(self, module: nn.Module, prefix: str, own: list[str]) -> None:
         for name in own:
             buffer = self._buffer(module.get_parameter(name).shape)
-            self._read(prefix + name, buffer)
+            read_weight(self._changed if prefix + name in self._changed else self.weights, prefix + name, buffer)
             setattr(module, name, nn.Parameter(buffer, requires_grad=False))
-
-    def _read(self, name: str, buffer: torch.Tensor) -> None:
-        if name not in self._changed:
-            self._stored.read_into(name, buffer)
-        elif isinstance(self._changed, LazyWeights):
-            self._changed.read_into(name, buffer)
-        else:
-            buffer.copy_(self._changed[name])
 
     def _buffer(self, shape: torch.Size) -> torch.Tensor:
         free = self._free.setdefault(shape, [])
@@ -151,6 +142,28 @@ class WholeModel:
 
     def held(self, module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+def weight_errors(
+    weights: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, float]]:
+    """Each changed weight's relative L2 distance to the one it was made of; one pair of them in memory at a time."""
+    pairs: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # filled again, as LazyWeights says
+    for name in changed:
+        wanted = weights[name]
+        found, difference = pairs.setdefault(wanted.shape, (torch.empty(wanted.shape), torch.empty(wanted.shape)))
+        read_weight(changed, name, found)
+        difference.copy_(wanted)
+        norm = float(difference.norm()) or torch.finfo(torch.float32).tiny
+        yield name, float(difference.sub_(found).norm()) / norm
+
+
+def read_weight(weights: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
+    """Write one weight of a mapping, lazy or not, into ``out``."""
+    if isinstance(weights, LazyWeights):
+        weights.read_into(name, out)
+    else:
+        out.copy_(weights[name])
 
 
 def open_streamed(checkpoint: str | Path) -> StreamedModel:

@@ -14,7 +14,7 @@ from distill.models.mobilevlm import MobileVlm
 from export.contract import LazyWeights
 from export.golden_lockstep import forced_errors_together, golden_work, run_stages_together
 from export.golden_record import forced_errors, run_forced, run_stages
-from export.streamed_model import StreamedModel, WholeModel, open_streamed, open_whole
+from export.streamed_model import StreamedModel, WholeModel, open_streamed, open_whole, weight_errors
 from tests.export.conftest import STUDENT
 from tests.export.models import random_vlm
 from tests.export.test_frame import student_probes
@@ -131,3 +131,11 @@ def test_opening_reads_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(model, StreamedModel) and not isinstance(model, WholeModel)
     assert reads == [] and vlm.state_dict().keys() == stored.keys()
     assert model.weights["lm_head.weight"].dtype == torch.float16 and len(reads) == 1
+
+
+def test_errors_of_changed_weights() -> None:
+    weights = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2), "c": torch.tensor([6.0, 8.0]).half()}
+    changed = {"a": torch.tensor([3.0, 4.5]), "b": torch.zeros(2), "c": torch.tensor([6.0, 8.0])}
+    assert dict(weight_errors(weights, changed)) == {"a": pytest.approx(0.1), "b": 0.0, "c": 0.0}
+    changed["b"][0] = float("nan")
+    assert not dict(weight_errors(weights, changed))["b"] <= 1
