@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import LlamaConfig
 
 from bundle.golden import GREEDY_TOKENS
 from bundle.manifest import Stage
@@ -34,11 +34,39 @@ def golden_work(vlm: MobileVlm, questions: Sequence[Probe], greedy_rounds: int, 
     return len(vlm.language_model.layers) * (greedy_rounds * greedy + forced_rounds * forced)
 
 
+class FixedCache:
+    """Keys and values of one sequence of known length, as LLaMA's attention fills them.
+
+    Caches that grow with every token left the heap full of holes: 2.6 GB for the 0.3 GB of a 1.7B model.
+    """
+
+    def __init__(self, config: LlamaConfig, rows: int) -> None:
+        heads = config.num_key_value_heads or config.num_attention_heads
+        width = config.head_dim or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, 1, heads, rows, width)
+        self._keys, self._values = torch.empty(shape), torch.empty(shape)
+        self._lengths = [0] * config.num_hidden_layers
+
+    @property
+    def length(self) -> int:
+        """Rows of the last layer, which is filled last."""
+        return self._lengths[-1]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [1, H, T, d] of a layer -> all of them so far [1, H, L, d]."""
+        start, end = self._lengths[layer], self._lengths[layer] + keys.shape[2]
+        self._keys[layer, :, :, start:end] = keys
+        self._values[layer, :, :, start:end] = values
+        self._lengths[layer] = end
+        return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
+
+
 @torch.no_grad()
 def run_stages_together(model: LoadedModel, questions: Sequence[Probe], advance: Advance) -> list[Outputs]:
     """``golden_record.run_stages`` of every question."""
     visual, embeddings, rows = _inputs(model, questions)
-    caches = [DynamicCache(config=model.vlm.config.text_config) for _ in questions]
+    config = model.vlm.config.text_config
+    caches = [FixedCache(config, prompt.shape[1] + GREEDY_TOKENS - 1) for prompt in rows]
     logits: list[list[Floats]] = [[] for _ in questions]
     ids: list[list[int]] = [[] for _ in questions]
     for _ in range(GREEDY_TOKENS):
@@ -94,11 +122,11 @@ def _inputs(
 
 
 def _hidden_states(
-    model: LoadedModel, rows: Sequence[torch.Tensor], caches: Sequence[DynamicCache | None], advance: Advance
+    model: LoadedModel, rows: Sequence[torch.Tensor], caches: Sequence[FixedCache | None], advance: Advance
 ) -> list[torch.Tensor]:
     """Embeddings [1, L, D] of each sequence -> its last hidden states after the final norm [1, L, D]."""
     language = model.vlm.language_model
-    starts = [0 if cache is None else cache.get_seq_length() for cache in caches]
+    starts = [0 if cache is None else cache.length for cache in caches]
     positions = [torch.arange(at, at + x.shape[1])[None] for x, at in zip(rows, starts, strict=True)]  # n x [1, L]
     rotary = [language.rotary_emb(x, at) for x, at in zip(rows, positions, strict=True)]
     states = list(rows)

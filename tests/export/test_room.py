@@ -80,7 +80,7 @@ def test_too_little_disk(run_export: Command, tmp_path: Path, monkeypatch: pytes
 def test_too_little_memory(run_export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "available_memory_bytes", lambda: GIB // 4)
     line = refused(run_export, tmp_path)
-    assert "the export takes about 0.8 GiB of memory, 0.2 GiB are available" in line and "--context-length" in line
+    assert "the export takes about 1.8 GiB of memory, 0.2 GiB are available" in line and "--context-length" in line
 
 
 def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
