@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,10 @@ class ExportConfig:
     """weights float32"""
     context_length: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """tokens that image, prompt and answer may take together; default: 1024, or the model's own limit if it is less"""
+    int4_embedding: Flag = False
+    """with --target onnx --int4: the embedding table int4 too, half its bytes at ten times its error"""
+    fp16_cache: Flag = False
+    """with --target onnx at int4 or int8: keys and values as float16, half their memory"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
     json: Flag = False
@@ -68,16 +74,37 @@ def chosen_precision(config: ExportConfig) -> Precision:
 def export(config: ExportConfig) -> int:
     """Run one export and print where the bundle lies."""
     target, precision = known_target(config.target), chosen_precision(config)
+    _check_onnx_options(config, target, precision)
+    start = time.monotonic()
     manifest = _run(config, target, precision)
     if config.json:
-        print(json.dumps(_as_json(config, manifest)))
+        print(json.dumps(_as_json(config, manifest, time.monotonic() - start)))
     else:
         print(config.output)
     return 0
 
 
+def _check_onnx_options(config: ExportConfig, target: Target, precision: Precision) -> None:
+    """Refuse options that the target or the precision does not have.
+
+    Raises:
+        UsageError: naming the option and where it belongs.
+    """
+    options: tuple[tuple[str, bool, tuple[Precision, ...]], ...] = (
+        ("--int4-embedding", config.int4_embedding, ("int4",)),
+        ("--fp16-cache", config.fp16_cache, ("int4", "int8")),  # the float precisions promise float32 activations
+    )
+    for flag, asked, precisions in options:
+        if asked and (target != "onnx" or precision not in precisions):
+            allowed = " or ".join(f"--{name}" for name in precisions)
+            raise UsageError(
+                f"{flag} is for --target onnx {allowed}, not --target {target} --{precision}; leave it out"
+            )
+
+
 def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest:
     try:
+        from export.contract import OnnxOptions
         from export.frame import ExportJob, export_bundle
     except ModuleNotFoundError as error:
         raise missing_extra((error.name or "torch").split(".")[0], target) from error
@@ -89,11 +116,27 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
     def progress(line: str) -> None:
         console.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim]  {escape(line)}", highlight=False, soft_wrap=True)
 
-    job = ExportJob(config.checkpoint, target, precision, config.output, config.context_length, config.name)
-    return export_bundle(job, progress)
+    job = ExportJob(
+        config.checkpoint,
+        target,
+        precision,
+        config.output,
+        config.context_length,
+        config.name,
+        OnnxOptions(config.int4_embedding, config.fp16_cache),
+    )
+    manifest = export_bundle(job, progress)
+    progress(f"peak memory of this process {peak_memory_bytes() / (1 << 30):.2f} GiB")
+    return manifest
 
 
-def _as_json(config: ExportConfig, manifest: Manifest) -> dict[str, object]:
+def peak_memory_bytes() -> int:
+    """The most that this process had in memory at once, pages of mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _as_json(config: ExportConfig, manifest: Manifest, seconds: float) -> dict[str, object]:
     assert manifest.parity is not None
     return {
         "bundle": str(config.output),
@@ -101,6 +144,8 @@ def _as_json(config: ExportConfig, manifest: Manifest) -> dict[str, object]:
         "target": manifest.target,
         "precision": manifest.precision,
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
         "runtime": manifest.parity.runtime,
         "graph_error": {stage: parity.relative_error for stage, parity in manifest.parity.graph_error.items()},
         "quantization_error": dict(manifest.parity.quantization_error),

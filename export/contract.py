@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,54 @@ import torch
 
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision
 from distill.models.mobilevlm import MobileVlm
+from export.recipe import Storage
+from export.work_folder import WorkFolder
+
+EMBEDDING = "language_model.embed_tokens.weight"
+INT4_GROUP = 32
+
+
+class LazyWeights(Mapping[str, torch.Tensor], ABC):
+    """State-dict name -> weight, read from a file when asked for."""
+
+    @abstractmethod
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Write a weight into ``out``, a float32 tensor of its shape.
+
+        Filling a tensor that is used again and again takes a twentieth of the time of making a new one: new memory is
+        handed out page by page.
+        """
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == other for other in self)  # Mapping's own would read the weight
+
+
+def read_weight(weights: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
+    """Write one weight of a mapping, lazy or not, into ``out``."""
+    if isinstance(weights, LazyWeights):
+        weights.read_into(name, out)
+    else:
+        out.copy_(weights[name])
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """What only the ONNX target offers."""
+
+    int4_embedding: bool = False  # the embedding table at 4 bits too
+    fp16_cache: bool = False  # keys and values as float16
+
+    @property
+    def storages(self) -> dict[str, Storage]:
+        """Weights that are stored otherwise than the recipe says."""
+        return {EMBEDDING: Storage(4, INT4_GROUP)} if self.int4_embedding else {}
 
 
 @dataclass(frozen=True)
 class ExportRequest:
     """One model to be written at one precision into the bundle directory under construction."""
 
-    vlm: MobileVlm  # float32, evaluation mode; exporters must not change it
+    vlm: MobileVlm  # float32, evaluation mode; exporters must not change it. On the meta device when streamed
     precision: Precision
     context_length: int  # KV cache rows
     tokenizer_path: Path  # tokenizer.model of the checkpoint
@@ -24,6 +66,9 @@ class ExportRequest:
     bos_id: int
     output: Path  # write graph files here and nowhere else
     progress: Callable[[str], None]  # one short line per finished step
+    weights: Mapping[str, torch.Tensor] | None = None  # lazy, of a streamed model; None: those of ``vlm``
+    work: WorkFolder | None = None  # where finished graphs are noted, to be used again after a kill
+    onnx: OnnxOptions = OnnxOptions()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weights that the files hold -> the torch model that computes with them, each value within its rounding steps.
+"""Weights that the files hold, and the checkpoint's -> nothing, or the first value that rounding does not explain.
 
 Each target has its own way back from its files: our packer's inverse over the ONNX data file, torchao's dequantize for
 ExecuTorch, the decompressed constants of weight.bin for Core ML. What comes back is held against the checkpoint here by
@@ -9,18 +9,19 @@ value. A scale of the wrong block, a transposed or shifted matrix cannot pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from bundle.errors import VerificationError
 from bundle.manifest import Precision, Stage, Target
-from distill.models.mobilevlm import MobileVlm
+from export.contract import LazyWeights, read_weight
 from export.recipe import Bits, Storage, storage_of
 
 FLOAT16_STEP = 2.0**-10  # relative, twice the rounding error
 SMALLEST_FLOAT16 = 2.0**-24
+CHUNK_VALUES = 1 << 20  # compared or rounded at once: temporaries of a few MB
 # Steps (largest magnitude of the group over the largest level) that rounding may move a value by. Symmetric codes end
 # one level short on one side, and a scale that minimises the squared error clips the extremes: 1.5 steps were seen at
 # 4 bits (onnx_weights.py), 0.53 at 8 (coremltools). A method that moves values further to make up for others' errors
@@ -40,29 +41,49 @@ STAGE_OF: tuple[tuple[str, Stage], ...] = (
 )
 
 
-def load_dequantized(
-    vlm: MobileVlm, dequantized: Mapping[str, torch.Tensor], target: Target, precision: Precision
+@dataclass(frozen=True)
+class StoragePlan:
+    """How one export stores weights.
+
+    Attributes:
+        overrides: single weights, before the recipe.
+    """
+
+    target: Target
+    precision: Precision
+    overrides: Mapping[str, Storage] = field(default_factory=dict)
+
+    def storage(self, name: str, shape: tuple[int, ...]) -> Storage:
+        """The recipe's answer, the target's own exceptions, and float16 where the target writes the rest so."""
+        if name in self.overrides:
+            return self.overrides[name]
+        storage = storage_of(name, shape, self.precision)
+        own = OWN_STORAGE.get((self.target, self.precision, name))
+        if own is not None and own.group_size is not None and shape[-1] % own.group_size == 0:
+            return own
+        half = storage.bits == 32 and (self.target, self.precision) in HALF_REST
+        return Storage(16, None) if half else storage
+
+
+def check_stored(
+    weights: Mapping[str, torch.Tensor], dequantized: Mapping[str, torch.Tensor], plan: StoragePlan
 ) -> None:
-    """Put what the files hold into ``vlm``, weight by weight.
+    """Hold every value that the files hold against the checkpoint's; one weight at a time is in memory.
 
     Raises:
         VerificationError: a value is further from the checkpoint's than its rounding explains: it was packed wrongly.
     """
-    parameters = vlm.state_dict()
+    buffers: dict[torch.Size, torch.Tensor] = {}  # filled again, as LazyWeights says
     for name in dequantized:
-        weight, original = dequantized[name], parameters[name]
-        storage = target_storage(name, tuple(original.shape), target, precision)
-        _check(name, weight, original, storage, target, precision)
-        original.copy_(weight)
-
-
-def target_storage(name: str, shape: tuple[int, ...], target: Target, precision: Precision) -> Storage:
-    """The recipe's answer, the target's own exceptions, and float16 where the target writes the rest so."""
-    storage = storage_of(name, shape, precision)
-    own = OWN_STORAGE.get((target, precision, name))
-    if own is not None and own.group_size is not None and shape[-1] % own.group_size == 0:
-        return own
-    return Storage(16, None) if storage.bits == 32 and (target, precision) in HALF_REST else storage
+        original = weights[name]
+        if isinstance(dequantized, LazyWeights):
+            if original.shape not in buffers:
+                buffers[original.shape] = torch.empty(original.shape)
+            found = buffers[original.shape]
+            dequantized.read_into(name, found)
+        else:
+            found = dequantized[name]
+        _check(name, found, original, plan)
 
 
 def rounded(weight: torch.Tensor, storage: Storage) -> torch.Tensor:
@@ -71,77 +92,93 @@ def rounded(weight: torch.Tensor, storage: Storage) -> torch.Tensor:
         return weight
     if storage.bits == 16:
         return weight.half().to(weight.dtype)
-    groups = _groups(weight, storage)
+    rows = _rows(weight)
+    groups = _groups(rows, storage)
     steps = _steps(groups, storage.bits)
     levels = torch.round(groups / steps.clamp_min(torch.finfo(weight.dtype).tiny))
-    return (levels * steps).reshape(weight.shape)
+    return (levels * steps).reshape(rows.shape[0], -1)[:, : rows.shape[1]].reshape(weight.shape)
 
 
-@contextmanager
-def rounded_weights(vlm: MobileVlm, target: Target, precision: Precision) -> Iterator[None]:
-    """Let every matrix of ``vlm`` compute with its ``rounded`` weights while the block runs, one layer at a time."""
-    names: dict[nn.Module, str] = {
-        module: f"{name}.weight" for name, module in vlm.named_modules() if isinstance(module, MATRICES)
-    }
-    kept: dict[nn.Module, torch.Tensor] = {}
+class RoundedWeights(LazyWeights):
+    """State-dict name -> the checkpoint's weight, ``rounded``."""
 
-    def swap(module: nn.Module, _inputs: object) -> None:
-        weight = module.get_parameter("weight")
-        storage = target_storage(names[module], tuple(weight.shape), target, precision)
-        kept[module], weight.data = weight.data, rounded(weight.data, storage)
+    def __init__(self, weights: Mapping[str, torch.Tensor], plan: StoragePlan) -> None:
+        self._weights, self._plan = weights, plan
 
-    def restore(module: nn.Module, _inputs: object, _output: object) -> None:
-        module.get_parameter("weight").data = kept.pop(module)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._weights[name].float()
+        return rounded(weight, self._plan.storage(name, tuple(weight.shape)))
 
-    hooks = [module.register_forward_pre_hook(swap) for module in names]
-    hooks += [module.register_forward_hook(restore) for module in names]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        read_weight(self._weights, name, out)
+        storage = self._plan.storage(name, tuple(out.shape))
+        if storage.bits < 32:
+            for rows in _pieces(out):
+                rows.copy_(rounded(rows, storage))
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
 
-MATRICES = (nn.Linear, nn.Embedding, nn.Conv2d)
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
-def _check(
-    name: str, weight: torch.Tensor, original: torch.Tensor, storage: Storage, target: Target, precision: Precision
-) -> None:
-    if weight.shape != original.shape:
-        raise _wrong(name, target, precision, f"has shape {list(weight.shape)}, not {list(original.shape)}")
-    distance = _groups((weight - original).abs(), storage)  # [rows, groups, width]
-    if storage.bits in STEP_LIMITS:
-        allowed = STEP_LIMITS[storage.bits] * _steps(_groups(original, storage), storage.bits)
-    else:
-        allowed = _groups(original.abs(), storage) * FLOAT16_STEP + SMALLEST_FLOAT16
-    beyond = ~(distance <= allowed)  # a value that is no number is beyond as well
-    if not bool(beyond.any()):
-        return
+def _check(name: str, found: torch.Tensor, original: torch.Tensor, plan: StoragePlan) -> None:
+    if found.shape != original.shape:
+        raise _wrong(name, plan, f"has shape {list(found.shape)}, not {list(original.shape)}")
+    storage = plan.storage(name, tuple(original.shape))
+    groups_beyond, start, place = 0, 0, ""
+    for mine, stored in zip(_pieces(found), _pieces(original), strict=True):
+        theirs = stored.float()
+        distance = _groups((mine - theirs).abs(), storage)  # [rows, groups, width]
+        if storage.bits in STEP_LIMITS:
+            allowed = STEP_LIMITS[storage.bits] * _steps(_groups(theirs, storage), storage.bits)
+        else:
+            allowed = _groups(theirs.abs(), storage) * FLOAT16_STEP + SMALLEST_FLOAT16
+        beyond = ~(distance <= allowed)  # a value that is no number is beyond as well
+        if bool(beyond.any()):
+            groups_beyond += int(beyond.any(-1).sum())
+            place = place or _place(beyond, distance, allowed, storage, start)
+        start += len(mine)
+    if groups_beyond:
+        norm = original.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+        relative = float((found - original).norm() / norm)
+        raise _wrong(name, plan, f"is off by up to {place} ({groups_beyond} groups so; {relative:.2e} as a whole)")
+
+
+def _place(beyond: torch.Tensor, distance: torch.Tensor, allowed: torch.Tensor, storage: Storage, start: int) -> str:
+    """Where the first value beyond its limit lies; ``start`` is the number of rows before these."""
     row, group, _ = (int(at) for at in beyond.nonzero()[0])
-    relative = float((weight - original).norm() / original.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    place = f"row {row}" if storage.group_size is None else f"row {row}, group {group} of {storage.group_size} values"
-    raise _wrong(
-        name,
-        target,
-        precision,
-        f"is off by up to {float(distance[row, group].max()):.2e} in {place}, rounding explains "
-        f"{float(allowed[row, group].max()):.2e} ({int(beyond.any(-1).sum())} groups so; {relative:.2e} as a whole)",
-    )
+    where = f"row {start + row}"
+    if storage.group_size is not None:
+        where += f", group {group} of {storage.group_size} values"
+    off, limit = float(distance[row, group].max()), float(allowed[row, group].max())
+    return f"{off:.2e} in {where}, rounding explains {limit:.2e}"
 
 
-def _wrong(name: str, target: Target, precision: Precision, what: str) -> VerificationError:
+def _wrong(name: str, plan: StoragePlan, what: str) -> VerificationError:
     stage = next(stage for prefix, stage in STAGE_OF if name.startswith(prefix))
     return VerificationError(
-        f"stage '{stage}', kind quantization: the {target} files do not hold the checkpoint's weights at {precision}: "
-        f"'{name}' {what}"
+        f"stage '{stage}', kind quantization: the {plan.target} files do not hold the checkpoint's weights at "
+        f"{plan.precision}: '{name}' {what}"
     )
 
 
-def _groups(values: torch.Tensor, storage: Storage) -> torch.Tensor:
-    """[rows, groups, width]; vectors are one row."""
-    rows = values.reshape(values.shape[0], -1) if values.dim() > 1 else values.reshape(1, -1)
-    return rows.reshape(rows.shape[0], -1, storage.group_size or rows.shape[1])
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """[rows, width]; vectors are one row."""
+    return values.reshape(values.shape[0], -1) if values.dim() > 1 else values.reshape(1, -1)
+
+
+def _pieces(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``_rows`` in pieces of some CHUNK_VALUES."""
+    rows = _rows(values)
+    return rows.split(max(1, CHUNK_VALUES // rows.shape[1]))
+
+
+def _groups(rows: torch.Tensor, storage: Storage) -> torch.Tensor:
+    """[rows, width] -> [rows, groups, group]; the last group of a row that the size does not divide ends in zeros."""
+    size = storage.group_size or rows.shape[1]
+    return nn.functional.pad(rows, (0, -rows.shape[1] % size)).reshape(rows.shape[0], -1, size)
 
 
 def _steps(groups: torch.Tensor, bits: Bits) -> torch.Tensor:

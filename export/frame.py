@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from bundle.constants import record_constants
 from bundle.errors import UsageError, VerificationError
@@ -15,25 +18,30 @@ from bundle.manifest import (
     Manifest,
     Parity,
     Precision,
+    Source,
     StageParity,
     Target,
     file_records,
     write_manifest,
 )
 from bundle.runtimes.registry import first_entry
-from bundle.staging import fresh_directory, refuse_existing
+from bundle.staging import refuse_existing
 from bundle.tokenizer import open_tokenizer
 from bundle.verify import verdict_of
-from distill.models.checkpoint import load_vlm
+from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.projector import LDP_V2
-from export.contract import ExportedGraphs, ExportRequest
+from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
+from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.provenance import environment_of, source_of
 from export.recording import Recorded, record
+from export.room import STREAMED, check_room, release_free_memory
 from export.shape import model_shape
+from export.streamed_model import LoadedModel, open_streamed, open_whole
 from export.targets import load_exporter
+from export.work_folder import work_folder
 
 # KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit,
 # and a 1.7B model's float32 cache stays at 0.4 GB.
@@ -52,6 +60,7 @@ class ExportJob:
     output: Path
     context_length: int | None = None
     name: str | None = None
+    onnx: OnnxOptions = OnnxOptions()
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -65,17 +74,22 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     refuse_existing(job.output)
     exporter = load_exporter(job.target)
     processing = read_processing(job.checkpoint)
-    vlm = load_vlm(job.checkpoint)
-    _check_image_size(job.checkpoint, vlm, processing)
-    _check_projector(job.checkpoint, vlm)
-    _check_parts(job.checkpoint, vlm, processing)
+    skeleton, _ = open_checkpoint(job.checkpoint)
+    _check_image_size(job.checkpoint, skeleton, processing)
+    _check_projector(job.checkpoint, skeleton)
+    _check_parts(job.checkpoint, skeleton, processing)
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
-    context_length = _context_length(job, vlm, questions)
-    progress(f"checkpoint {job.checkpoint} loaded")
-    with fresh_directory(job.output) as folder:
+    context_length = _context_length(job, skeleton, questions)
+    shapes = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
+    check_room(job.target, job.output, shapes, job.precision, model_shape(skeleton, context_length), len(questions))
+    source = source_of(job.checkpoint)
+    model = open_streamed(job.checkpoint) if job.target in STREAMED else open_whole(job.checkpoint)
+    progress(f"checkpoint {job.checkpoint} opened and hashed")
+    with work_folder(job.output, _identity(job, source, context_length), progress) as work:
+        folder = work.bundle
         exported = exporter(
             ExportRequest(
-                vlm=vlm,
+                vlm=model.vlm,
                 precision=job.precision,
                 context_length=context_length,
                 tokenizer_path=processing.tokenizer_path,
@@ -83,18 +97,34 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 bos_id=_bos_id(processing),
                 output=folder,
                 progress=progress,
+                weights=model.weights,
+                work=work,
+                onnx=job.onnx,
             )
         )
         shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
-        recorded = _record(job, vlm, exported, questions, folder)
+        recorded = _record(job, model, exported.dequantized, questions, folder, progress)
+        release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
-        manifest = _manifest(job, vlm, processing, exported, context_length, recorded)
+        manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded)
         record_constants(folder, manifest)
         parity = _check(folder, job, manifest)
         progress(f"replayed on {parity.runtime}: every stage within tolerance")
         manifest = manifest.model_copy(update={"parity": parity, "files": file_records(folder)})
         write_manifest(folder, manifest)
     return manifest
+
+
+def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, Any]:
+    """What decides the graphs: an export that broke off is continued only by the same."""
+    return {
+        "target": job.target,
+        "precision": job.precision,
+        "context_length": context_length,
+        "onnx": asdict(job.onnx),
+        "weights_sha256": source.weights_sha256,
+        "environment": environment_of(job.target),
+    }
 
 
 def _check_image_size(checkpoint: Path, vlm: MobileVlm, processing: Processing) -> None:
@@ -143,10 +173,16 @@ def _context_length(job: ExportJob, vlm: MobileVlm, questions: Sequence[Probe]) 
 
 
 def _record(
-    job: ExportJob, vlm: MobileVlm, exported: ExportedGraphs, questions: Sequence[Probe], folder: Path
+    job: ExportJob,
+    model: LoadedModel,
+    dequantized: Mapping[str, torch.Tensor],
+    questions: Sequence[Probe],
+    folder: Path,
+    progress: Callable[[str], None],
 ) -> Recorded:
+    plan = StoragePlan(job.target, job.precision, job.onnx.storages)
     try:
-        return record(vlm, exported.dequantized, questions, job.target, job.precision, folder)
+        return record(model, dequantized, questions, plan, folder, progress)
     except VerificationError as error:
         raise VerificationError(f"{error}; {job.output} was not written: run alignkd-doctor") from error
 
@@ -154,6 +190,7 @@ def _record(
 def _manifest(
     job: ExportJob,
     vlm: MobileVlm,
+    source: Source,
     processing: Processing,
     exported: ExportedGraphs,
     context_length: int,
@@ -163,7 +200,7 @@ def _manifest(
         name=job.name or f"{job.checkpoint.resolve().name}-{job.target}-{job.precision}",
         target=job.target,
         precision=job.precision,
-        source=source_of(job.checkpoint),
+        source=source,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=environment_of(job.target),
         model=model_shape(vlm, context_length),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from bundle.golden import GREEDY_TOKENS, GoldenCase, Vector
+from bundle.golden import GoldenCase, Vector
 from bundle.image import preprocess
 from bundle.manifest import Stage
-from bundle.prompt import Prompt, build_prompt, splice, text_ids
+from bundle.prompt import Prompt, build_prompt
 from bundle.replay import relative_error
 from bundle.tokenizer import Tokenizer
-from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing
 
 Floats = NDArray[np.float32]
@@ -90,38 +88,6 @@ def probes(processing: Processing, tokenizer: Tokenizer) -> list[Probe]:
     return [probe(name, question) for name, question in QUESTIONS.items()]
 
 
-@torch.no_grad()
-def run_stages(vlm: MobileVlm, probe: Probe) -> Outputs:
-    """Run the model in eager torch as a runtime does, with a KV cache; greedy decoding goes on past EOS."""
-    visual, embeddings, step = _inputs(vlm, probe)
-    cache, rows, ids = None, [], []
-    for _ in range(GREEDY_TOKENS):
-        out = vlm.language_model(inputs_embeds=step, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        rows.append(vlm.lm_head(out.last_hidden_state[:, -1])[0].numpy())  # [V]
-        ids.append(int(rows[-1].argmax()))
-        step = vlm.get_input_embeddings()(torch.tensor([[ids[-1]]]))  # [1, 1, D]
-    return Outputs(visual, embeddings, np.stack(rows), tuple(ids))
-
-
-@torch.no_grad()
-def run_forced(vlm: MobileVlm, probe: Probe, fed_ids: tuple[int, ...]) -> Outputs:
-    """``run_stages`` with given ids after the prompt, in one pass."""
-    visual, embeddings, prompt = _inputs(vlm, probe)
-    answer = vlm.get_input_embeddings()(torch.tensor([fed_ids[:-1]]))  # [1, 31, D]
-    hidden = vlm.language_model(inputs_embeds=torch.cat([prompt, answer], 1), use_cache=False).last_hidden_state
-    logits = vlm.lm_head(hidden[0, prompt.shape[1] - 1 :]).numpy()  # [32, V]
-    return Outputs(visual, embeddings, logits, fed_ids)
-
-
-def _inputs(vlm: MobileVlm, probe: Probe) -> tuple[Floats | None, Floats, torch.Tensor]:
-    """Visual tokens [1, N, D] or None, text embeddings [1, T, D], and what the decoder is fed [1, T + N, D]."""
-    visual = None if probe.pixels is None else vlm.encode_images(torch.from_numpy(probe.pixels)).numpy()
-    ids = text_ids(probe.prompt.token_ids, vlm.image_token_id)
-    embeddings = vlm.get_input_embeddings()(torch.tensor([ids])).numpy()
-    return visual, embeddings, torch.from_numpy(splice(probe.prompt.token_ids, vlm.image_token_id, embeddings, visual))
-
-
 def golden_case(probe: Probe, outputs: Outputs) -> GoldenCase:
     """The case's row in cases.json."""
     return GoldenCase(
@@ -148,11 +114,11 @@ def golden_vectors(probe: Probe, outputs: Outputs) -> Iterator[tuple[str, Floats
             yield f"{probe.name}.{name}", values
 
 
-def forced_errors(vlm: MobileVlm, questions: Sequence[Probe], wanted: Sequence[Outputs]) -> dict[Stage, float]:
-    """Feed the ids of ``wanted`` to the model as it is now -> the worst relative L2 error of each stage."""
+def worst_errors(found: Iterable[Outputs], wanted: Iterable[Outputs]) -> dict[Stage, float]:
+    """The worst relative L2 error of each stage over all questions."""
     worst: dict[Stage, float] = {}
-    for probe, outputs in zip(questions, wanted, strict=True):
-        for stage, error in _errors(run_forced(vlm, probe, outputs.fed_ids), outputs):
+    for mine, theirs in zip(found, wanted, strict=True):
+        for stage, error in _errors(mine, theirs):
             worst[stage] = max(worst.get(stage, 0.0), error)
     return worst
 

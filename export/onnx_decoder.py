@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from onnx import TensorProto
@@ -51,20 +53,27 @@ def write_embedding(writer: ModelWriter, vlm: MobileVlm, path: str) -> Graph:
     )
 
 
-def write_decoder(writer: ModelWriter, vlm: MobileVlm, context_length: int, path: str) -> Graph:
-    """inputs_embeds [1, T, D], past keys and values -> logits of the last row [1, 1, V], present keys and values."""
+def write_decoder(
+    writer: ModelWriter, vlm: MobileVlm, context_length: int, path: str, half_cache: bool = False
+) -> Graph:
+    """inputs_embeds [1, T, D], past keys and values -> logits of the last row [1, 1, V], present keys and values.
+
+    Args:
+        half_cache: keys and values as float16. Half their memory; an attention step on 800 rows of 16 heads x 128 took
+            0.75 ms instead of 0.54 (onnxruntime 1.32, one AVX-512 thread), a prefill of 256 rows 7.9 instead of 8.6.
+    """
     config, shape = vlm.config.text_config, model_shape(vlm, context_length)
     assert isinstance(config, LlamaConfig)  # export/frame.py lets no other through
     _check(config)
-    graph = _declare(writer, shape, path)
+    graph = _declare(writer, shape, path, half_cache)
     lengths = _lengths(writer)
-    cos, sin = _rotary_tables(writer, vlm, context_length)
+    cos, sin = _rotary_tables(writer, vlm, context_length, half_cache)
     residual, epsilon = "inputs_embeds", config.rms_norm_eps
     # the RMS norm of x + x with 4 epsilon is that of x with epsilon, bit for bit; onnx.checker does not know
     # the operator without a sum
     normed, _ = _add_and_norm(writer, 4 * epsilon, residual, residual, f"{LAYERS}.0.input_layernorm.weight")
     for layer in range(config.num_hidden_layers):
-        attended = _attention(writer, shape, layer, normed, [*lengths, cos, sin])
+        attended = _attention(writer, shape, layer, normed, [*lengths, cos, sin], half_cache)
         normed, residual = _add_and_norm(
             writer, epsilon, residual, attended, f"{LAYERS}.{layer}.post_attention_layernorm.weight"
         )
@@ -88,16 +97,18 @@ def _check(config: LlamaConfig) -> None:
         )
 
 
-def _declare(writer: ModelWriter, shape: ModelShape, path: str) -> Graph:
+def _declare(writer: ModelWriter, shape: ModelShape, path: str, half_cache: bool) -> Graph:
     heads, width = shape.num_kv_heads, shape.head_dim
+    stored: Literal["float16", "float32"] = "float16" if half_cache else "float32"
+    kind = TensorProto.FLOAT16 if half_cache else FLOAT
     writer.input("inputs_embeds", FLOAT, [1, "sequence_length", shape.hidden_size])
     writer.input("attention_mask", TensorProto.INT64, [1, "total_sequence_length"])
     writer.input("position_ids", TensorProto.INT64, [1, "sequence_length"])
     writer.output("logits", FLOAT, [1, 1, shape.vocab_size])
     pairs = [f"{layer}.{part}" for layer in range(shape.num_layers) for part in ("key", "value")]
     for pair in pairs:
-        writer.input(f"past_key_values.{pair}", FLOAT, [1, heads, "past_sequence_length", width])
-        writer.output(f"present.{pair}", FLOAT, [1, heads, "present_sequence_length", width])
+        writer.input(f"past_key_values.{pair}", kind, [1, heads, "past_sequence_length", width])
+        writer.output(f"present.{pair}", kind, [1, heads, "present_sequence_length", width])
     cache = (1, heads, None, width)
     return Graph(
         path=path,
@@ -105,11 +116,11 @@ def _declare(writer: ModelWriter, shape: ModelShape, path: str) -> Graph:
             Tensor(name="inputs_embeds", dtype="float32", shape=(1, None, shape.hidden_size)),
             Tensor(name="attention_mask", dtype="int64", shape=(1, None)),
             Tensor(name="position_ids", dtype="int64", shape=(1, None)),
-            *(Tensor(name=f"past_key_values.{pair}", dtype="float32", shape=cache) for pair in pairs),
+            *(Tensor(name=f"past_key_values.{pair}", dtype=stored, shape=cache) for pair in pairs),
         ),
         outputs=(
             Tensor(name="logits", dtype="float32", shape=(1, 1, shape.vocab_size)),
-            *(Tensor(name=f"present.{pair}", dtype="float32", shape=cache) for pair in pairs),
+            *(Tensor(name=f"present.{pair}", dtype=stored, shape=cache) for pair in pairs),
         ),
     )
 
@@ -126,20 +137,22 @@ def _lengths(writer: ModelWriter) -> list[str]:
     return [last_valid, writer.op("Cast", [width], to=TensorProto.INT32)]
 
 
-def _rotary_tables(writer: ModelWriter, vlm: MobileVlm, context_length: int) -> tuple[str, str]:
+def _rotary_tables(writer: ModelWriter, vlm: MobileVlm, context_length: int, half: bool) -> tuple[str, str]:
     positions = torch.arange(context_length)[None]  # [1, context]
     with torch.no_grad():
         cos, sin = vlm.language_model.rotary_emb(torch.zeros(1), positions)  # [1, context, head_dim], both halves equal
-    half = cos.shape[-1] // 2
+    width, kind = cos.shape[-1] // 2, np.float16 if half else np.float32  # the operator takes one type for all
     return (
-        writer.constant("rotary_cos", cos[0, :, :half].contiguous().numpy()),
-        writer.constant("rotary_sin", sin[0, :, :half].contiguous().numpy()),
+        writer.constant("rotary_cos", cos[0, :, :width].contiguous().numpy().astype(kind)),
+        writer.constant("rotary_sin", sin[0, :, :width].contiguous().numpy().astype(kind)),
     )
 
 
-def _attention(writer: ModelWriter, shape: ModelShape, layer: int, normed: str, tables: list[str]) -> str:
+def _attention(writer: ModelWriter, shape: ModelShape, layer: int, normed: str, tables: list[str], half: bool) -> str:
     block = f"{LAYERS}.{layer}.self_attn"
     qkv = writer.linear(normed, [f"{block}.{part}_proj.weight" for part in ("q", "k", "v")])  # [1, T, q + k + v]
+    if half:
+        qkv = writer.op("Cast", [qkv], to=TensorProto.FLOAT16)
     attended, _, _ = writer.node(
         "GroupQueryAttention",
         [qkv, "", "", f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", *tables, "position_ids"],
@@ -151,6 +164,8 @@ def _attention(writer: ModelWriter, shape: ModelShape, layer: int, normed: str, 
         rotary_interleaved=0,
         scale=shape.head_dim**-0.5,
     )
+    if half:
+        attended = writer.op("Cast", [attended], to=FLOAT)
     return writer.linear(attended, [f"{block}.o_proj.weight"])  # [1, T, D]
 
 

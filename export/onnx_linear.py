@@ -2,60 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bundle.manifest import Precision
-from export.onnx_weights import Bytes, Floats, Packed, block_size_of, pack, unpack
+from export.meter import Meter
+from export.onnx_stored import Stored, StoredBlocks, StoredHalves
+from export.onnx_weights import CHUNK_VALUES, Bytes, Floats, block_size_of, pack
 from export.onnx_writer import MICROSOFT, GraphWriter
 from export.recipe import Storage, storage_of
 
 ACCURACY_INT8 = 4  # MatMulNBits quantizes activations to int8 per block; its integer kernels need it
 FLOAT = 1  # onnx.TensorProto.FLOAT
-CHUNK_VALUES = 1 << 22  # quantized at once: its float32 temporaries take about 100 MB
 
 
-class StoredWeights(Mapping[str, torch.Tensor]):
-    """State-dict name -> the float32 weight that the written files mean, read from them when asked for."""
+@dataclass(frozen=True)
+class WeightSource:
+    """The model's weights by their state-dict names, and how to store them.
 
-    def __init__(self) -> None:
-        self._readers: dict[str, Callable[[], Floats]] = {}
+    Attributes:
+        weights: may be lazy; each is asked for once and let go.
+        overrides: storage of single weights, before the precision's recipe.
+        meter: told of every weight value that was read.
+    """
 
-    def remember(self, name: str, reader: Callable[[], Floats]) -> None:
-        """Register how to read one weight back."""
-        self._readers[name] = reader
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self._readers[name]())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
+    weights: Mapping[str, torch.Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    precision: Precision
+    overrides: Mapping[str, Storage]
+    meter: Meter
 
 
 class ModelWriter(GraphWriter):
     """A GraphWriter that takes the model's weights by their state-dict names and stores them by the recipe."""
 
-    def __init__(
-        self, path: Path, weights: Mapping[str, torch.Tensor], precision: Precision, stored: StoredWeights
-    ) -> None:
+    def __init__(self, path: Path, source: WeightSource) -> None:
         super().__init__(path)
-        self._weights = weights
-        self._precision = precision
-        self.stored = stored
+        self._source = source
+        self.stored: dict[str, Stored] = {}  # every weight that the file holds in another form than float32
 
     def weight(self, name: str) -> Floats:
         """One weight of the model as float32."""
-        return self._weights[name].detach().float().numpy()
+        self._source.meter.advance(math.prod(self.shape(name)))
+        return self._source.weights[name].detach().float().numpy()
+
+    def chunks(self, name: str, count: int) -> Iterator[Floats]:
+        """One weight of the model as float32, in ``count`` pieces of its rows."""
+        for rows in self._source.weights[name].detach().tensor_split(count):
+            self._source.meter.advance(rows.numel())
+            yield rows.float().numpy()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A weight's shape, without reading it."""
+        return self._source.shapes[name]
 
     def storage(self, name: str) -> Storage:
         """How the recipe stores a weight."""
-        return storage_of(name, tuple(self._weights[name].shape), self._precision)
+        return self._source.overrides.get(name) or storage_of(name, self.shape(name), self._source.precision)
 
     def vector(self, name: str) -> str:
         """Add a norm's or bias's weight -> its initializer."""
@@ -78,8 +86,8 @@ class ModelWriter(GraphWriter):
         return product if bias is None else self.op("Add", [product, bias], output)
 
     def _blocked_linear(self, x: str, names: list[str], storage: Storage, output: str | None, bias: str | None) -> str:
-        columns = self._weights[names[0]].shape[1]
-        rows = sum(self._weights[name].shape[0] for name in names)
+        columns = self.shape(names[0])[1]
+        rows = sum(self.shape(name)[0] for name in names)
         block = block_size_of(storage.group_size, columns)
         data, scales = self.blocked_matrix(names, storage.bits, block)
         inputs = [x, data, scales] + ([] if bias is None else ["", "", bias])
@@ -99,13 +107,13 @@ class ModelWriter(GraphWriter):
             flat: data as [N, bytes] for GatherBlockQuantized, not [N, blocks, bytes] as MatMulNBits has it.
         """
         scales: list[Floats] = []
-        columns = self._weights[names[0]].shape[1]
-        rows = [self._weights[name].shape[0] for name in names]
+        columns = self.shape(names[0])[1]
+        rows = [self.shape(name)[0] for name in names]
         blocks, blob = -(-columns // block), block * bits // 8
 
         def parts() -> Iterator[Bytes]:
-            for name in names:
-                for chunk in np.array_split(self.weight(name), -(-self._weights[name].numel() // CHUNK_VALUES)):
+            for name, count in zip(names, rows, strict=True):
+                for chunk in self.chunks(name, -(-count * columns // CHUNK_VALUES)):
                     packed = pack(chunk, bits, block)
                     scales.append(packed.scales)
                     yield packed.data
@@ -116,22 +124,18 @@ class ModelWriter(GraphWriter):
         scales_at = self.stream(scale_name, np.dtype(np.float32), [sum(rows), blocks], scales)
         first = 0
         for name, count in zip(names, rows, strict=True):
-            self.stored.remember(name, self._blocked_reader(data_at, scales_at, first, count, bits, block, columns))
+            self.stored[name] = StoredBlocks(
+                file=self.data_path.name,
+                data_at=data_at,
+                scales_at=scales_at,
+                first=first,
+                rows=count,
+                bits=bits,
+                block=block,
+                columns=columns,
+            )
             first += count
         return data_name, scale_name
-
-    def _blocked_reader(
-        self, data_at: int, scales_at: int, first: int, rows: int, bits: int, block: int, columns: int
-    ) -> Callable[[], Floats]:
-        blocks, blob = -(-columns // block), block * bits // 8
-        path = self.data_path
-
-        def read() -> Floats:
-            data = np.memmap(path, np.uint8, "r", data_at + first * blocks * blob, (rows, blocks, blob))
-            scales = np.memmap(path, np.float32, "r", scales_at + first * blocks * 4, (rows, blocks))
-            return unpack(Packed(data, scales, bits, block, columns))
-
-        return read
 
     def float_tensor(self, names: list[str], storage: Storage, transpose: bool = False) -> str:
         """Add weights as float32 or float16, side by side when there are several -> the name of their float32 value."""
@@ -153,14 +157,10 @@ class ModelWriter(GraphWriter):
         return f"{names[0]}_half"
 
     def _remember_halves(self, names: list[str], offset: int, shape: tuple[int, ...], transpose: bool) -> None:
-        path, first = self.data_path, 0
+        first = 0
         for name in names:
-            count = self._weights[name].shape[0]
-
-            def read(first: int = first, count: int = count) -> Floats:
-                halves = np.memmap(path, np.float16, "r", offset, shape)
-                piece = halves[:, first : first + count].T if transpose else halves[first : first + count]
-                return np.ascontiguousarray(piece).astype(np.float32)
-
-            self.stored.remember(name, read)
+            count = self.shape(name)[0]
+            self.stored[name] = StoredHalves(
+                file=self.data_path.name, data_at=offset, shape=shape, first=first, rows=count, transposed=transpose
+            )
             first += count

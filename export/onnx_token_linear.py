@@ -6,11 +6,10 @@ For graphs of many rows. Measured on a [577, 1024] x [4096, 1024] product, one A
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from export.onnx_linear import ModelWriter
+from export.onnx_stored import StoredChannels
 from export.onnx_weights import Floats
 from export.onnx_writer import MICROSOFT
 
@@ -53,26 +52,22 @@ def _channel_matrix(writer: ModelWriter, names: list[str]) -> tuple[str, str]:
     scales = [(np.abs(weight).max(1) / LEVELS).astype(np.float32) for weight in weights]
     levels = [_round(weight, scale) for weight, scale in zip(weights, scales, strict=True)]
     matrix = np.ascontiguousarray(np.concatenate(levels).T)  # [K, N]
-    offset = writer.stream(f"{names[0]}_int8", matrix.dtype, matrix.shape, [matrix])
+    data_at = writer.stream(f"{names[0]}_int8", matrix.dtype, matrix.shape, [matrix])
+    scales_at = writer.stream(f"{names[0]}_scales", np.dtype(np.float32), [matrix.shape[1]], scales)
     first = 0
     for name, scale in zip(names, scales, strict=True):
-        writer.stored.remember(name, _reader(writer, offset, matrix.shape, first, scale))
+        writer.stored[name] = StoredChannels(
+            file=writer.data_path.name,
+            data_at=data_at,
+            scales_at=scales_at,
+            shape=matrix.shape,
+            first=first,
+            rows=len(scale),
+        )
         first += len(scale)
-    return f"{names[0]}_int8", writer.constant(f"{names[0]}_scales", np.concatenate(scales))
+    return f"{names[0]}_int8", f"{names[0]}_scales"
 
 
 def _round(weight: Floats, scale: Floats) -> np.ndarray:
     quotient = np.divide(weight, scale[:, None], out=np.zeros_like(weight), where=scale[:, None] != 0)
     return np.rint(quotient).astype(np.int8)
-
-
-def _reader(
-    writer: ModelWriter, offset: int, shape: tuple[int, ...], first: int, scale: Floats
-) -> Callable[[], Floats]:
-    path = writer.data_path
-
-    def read() -> Floats:
-        levels = np.memmap(path, np.int8, "r", offset, shape)[:, first : first + len(scale)]
-        return np.ascontiguousarray(levels.T * scale[:, None], dtype=np.float32)
-
-    return read

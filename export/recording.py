@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +11,14 @@ import torch
 from bundle.constants import CONSTANTS_FILE
 from bundle.golden import CASES_FILE, write_golden
 from bundle.manifest import Golden, Precision, Stage, Target, VectorSet
+from bundle.runtimes.contract import Floats
 from bundle.tolerances import KERNELS, SIMULATED, quantization_tolerances, tolerances
-from distill.models.mobilevlm import MobileVlm
-from export.dequantized import load_dequantized, rounded_weights
-from export.golden_record import (
-    Floats,
-    Outputs,
-    Probe,
-    forced_errors,
-    golden_case,
-    golden_vectors,
-    run_forced,
-    run_stages,
-)
+from export.dequantized import RoundedWeights, StoragePlan, check_stored
+from export.golden_lockstep import forced_errors_together, golden_work, run_forced_together, run_stages_together
+from export.golden_record import Outputs, Probe, golden_case, golden_vectors
+from export.meter import Meter
 from export.rounding import rounded_activations
+from export.streamed_model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -53,35 +47,38 @@ class Recorded:
         )
 
 
-@torch.no_grad()
 def record(
-    vlm: MobileVlm,
+    model: LoadedModel,
     dequantized: Mapping[str, torch.Tensor],
     questions: Sequence[Probe],
-    target: Target,
-    precision: Precision,
+    plan: StoragePlan,
     folder: Path,
+    progress: Callable[[str], None],
 ) -> Recorded:
     """Write the golden vectors of the checkpoint in float32 and of the weights that the files hold.
 
-    ``vlm`` holds the dequantised weights afterwards: a second copy of a large model would not fit into memory. Both
-    sets are fed the float model's own greedy tokens.
+    Both sets are fed the float model's own greedy tokens. Other weights than the checkpoint's lie in memory part by
+    part: a second copy of a large model, and of a streamed one the first, would not fit.
 
     Raises:
         VerificationError: a weight is too far from the checkpoint's to be its rounding.
     """
-    in_float = [run_stages(vlm, probe) for probe in questions]
+    advance = Meter("golden vectors", golden_work(model.vlm, questions, 1, 3 if dequantized else 1), progress).advance
+    in_float = run_stages_together(model, questions, advance)
     sets: dict[VectorSet, Sequence[Outputs]] = {"float": in_float}
     stored = in_float
     rounding_error: dict[Stage, float] = {}
     if dequantized:
-        with rounded_weights(vlm, target, precision):
-            rounding_error = forced_errors(vlm, questions, in_float)
-        load_dequantized(vlm, dequantized, target, precision)
-        stored = [run_forced(vlm, probe, out.fed_ids) for probe, out in zip(questions, in_float, strict=True)]
+        model.use(RoundedWeights(model.weights, plan))
+        rounding_error = forced_errors_together(model, questions, in_float, advance)
+        model.use({})  # so that its buffers do not lie beside those of the check
+        check_stored(model.weights, dequantized, plan)
+        model.use(dequantized)
+        stored = run_forced_together(model, questions, [out.fed_ids for out in in_float], advance)
         sets["dequantized"] = stored
-    with rounded_activations(vlm, SIMULATED[KERNELS[target][precision]]):
-        activation_error = forced_errors(vlm, questions, stored)
+    with rounded_activations(model.vlm, SIMULATED[KERNELS[plan.target][plan.precision]]):
+        activation_error = forced_errors_together(model, questions, stored, advance)
+    model.use({})
     files = write_golden(
         folder,
         [golden_case(probe, out) for probe, out in zip(questions, in_float, strict=True)],

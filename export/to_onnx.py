@@ -1,45 +1,111 @@
-"""MobileVlm -> three ONNX files in the onnx-community layout, written weight by weight for plain onnxruntime."""
+"""MobileVlm -> three ONNX files in the onnx-community layout, written weight by weight for plain onnxruntime.
+
+What onnxruntime-genai needs to open the same files is written beside them (export/onnx_genai.py).
+"""
 
 from __future__ import annotations
 
-from bundle.manifest import GraphName, GraphQuantization, Precision
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+
+from pydantic import TypeAdapter
+
+from bundle.manifest import Graph, GraphName, GraphQuantization, Precision
 from distill.models.mobilevlm import MobileVlm
-from export.contract import ExportedGraphs, ExportRequest
+from export.contract import EMBEDDING, INT4_GROUP, ExportedGraphs, ExportRequest
+from export.meter import Meter
 from export.onnx_decoder import write_decoder, write_embedding
-from export.onnx_linear import ModelWriter, StoredWeights
+from export.onnx_genai import write_genai
+from export.onnx_linear import ModelWriter, WeightSource
+from export.onnx_stored import Stored, StoredWeights
 from export.onnx_vision import write_vision_encoder
 from export.onnx_weights import CHANNEL_BLOCK
 from export.recipe import fallbacks
 
+FOLDER = "onnx"
 SUFFIX: dict[Precision, str] = {"int4": "_q4", "int8": "_quantized", "fp16": "_fp16", "fp32": ""}
 STEMS: dict[GraphName, str] = {
     "vision_encoder": "vision_encoder",
     "token_embedding": "embed_tokens",
     "text_decoder": "decoder_model_merged",
 }
+# Which weights each graph reads; the tower's last layers and its last norm are in none.
+TOWER_LAYER = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
+STORED = TypeAdapter(dict[str, Stored])
 
 
 def export_onnx(request: ExportRequest) -> ExportedGraphs:
     """Write the vision encoder, the token embedding and the decoder under ``request.output``/onnx."""
     vlm, precision = request.vlm, request.precision
-    (request.output / "onnx").mkdir()
-    weights, stored = vlm.state_dict(), StoredWeights()
-    paths = {name: f"onnx/{stem}{SUFFIX[precision]}.onnx" for name, stem in STEMS.items()}
-
-    def writer(name: GraphName) -> ModelWriter:
-        return ModelWriter(request.output / paths[name], weights, precision, stored)
-
-    vision = write_vision_encoder(writer("vision_encoder"), vlm, paths["vision_encoder"])
-    request.progress(f"vision encoder written: {vision.path}")
-    embedding = write_embedding(writer("token_embedding"), vlm, paths["token_embedding"])
-    request.progress(f"token embedding written: {embedding.path}")
-    decoder = write_decoder(writer("text_decoder"), vlm, request.context_length, paths["text_decoder"])
-    request.progress(f"text decoder written: {decoder.path}")
-    return ExportedGraphs(
-        graphs={"vision_encoder": vision, "token_embedding": embedding, "text_decoder": decoder},
-        quantization=_quantization(vlm, precision),
-        dequantized=stored,
+    folder = request.output / FOLDER
+    folder.mkdir(exist_ok=True)
+    paths = {name: f"{FOLDER}/{stem}{SUFFIX[precision]}.onnx" for name, stem in STEMS.items()}
+    graphs, stored = _finished_before(request)
+    todo = {name: write for name, write in _writers(request, paths).items() if name not in graphs}
+    shapes = {name: tuple(weight.shape) for name, weight in vlm.state_dict().items()}
+    values = sum(math.prod(shape) for name, shape in shapes.items() if graph_of(name, vlm) in todo)
+    source = WeightSource(
+        weights=vlm.state_dict() if request.weights is None else request.weights,
+        shapes=shapes,
+        precision=precision,
+        overrides=request.onnx.storages,
+        meter=Meter("weights written", values, request.progress),
     )
+    for name, write in todo.items():
+        writer = ModelWriter(request.output / paths[name], source)
+        graphs[name] = write(writer)
+        stored |= writer.stored
+        if request.work is not None:
+            files = [path for path in (writer.path, writer.data_path) if path.exists()]
+            records = STORED.dump_python(writer.stored, mode="json")
+            request.work.finish(name, files, {"graph": graphs[name].model_dump(mode="json"), "stored": records})
+        request.progress(f"{name.replace('_', ' ')} written: {paths[name]}")
+    write_genai(request, {name: graphs[name] for name in STEMS})
+    return ExportedGraphs(
+        graphs={name: graphs[name] for name in STEMS},
+        quantization=_quantization(request),
+        dequantized=StoredWeights(folder, stored),
+    )
+
+
+def graph_of(weight: str, vlm: MobileVlm) -> GraphName | None:
+    """The graph that reads a weight, or None for those behind the tower's selected layer."""
+    layer = TOWER_LAYER.match(weight)
+    if "post_layernorm" in weight or (layer and int(layer[1]) >= vlm.config.tower_layers):
+        return None
+    if weight == EMBEDDING:
+        return "token_embedding"
+    return "vision_encoder" if weight.startswith(("vision_tower.", "projector.")) else "text_decoder"
+
+
+def _writers(request: ExportRequest, paths: dict[GraphName, str]) -> dict[GraphName, Callable[[ModelWriter], Graph]]:
+    vlm = request.vlm
+    return {
+        "vision_encoder": partial(write_vision_encoder, vlm=vlm, path=paths["vision_encoder"]),
+        "token_embedding": partial(write_embedding, vlm=vlm, path=paths["token_embedding"]),
+        "text_decoder": partial(
+            write_decoder,
+            vlm=vlm,
+            context_length=request.context_length,
+            path=paths["text_decoder"],
+            half_cache=request.onnx.fp16_cache,
+        ),
+    }
+
+
+def _finished_before(request: ExportRequest) -> tuple[dict[GraphName, Graph], dict[str, Stored]]:
+    """What a run that was killed left behind."""
+    graphs: dict[GraphName, Graph] = {}
+    stored: dict[str, Stored] = {}
+    for name in STEMS:
+        note = None if request.work is None else request.work.finished(name)
+        if note is not None:
+            graphs[name] = Graph.model_validate(note["graph"])
+            stored |= STORED.validate_python(note["stored"])
+            request.progress(f"{name.replace('_', ' ')} is whole from the run before: {graphs[name].path}")
+    return graphs, stored
 
 
 # How each graph's matrices are stored and what its kernels are fed.
@@ -52,6 +118,7 @@ BLOCKS_8 = GraphQuantization(
 BLOCKS_4 = GraphQuantization(
     weights="int4 symmetric, lm_head int8", group_size=32, activations="int8 dynamic per block of the weights"
 )
+TABLE_4 = GraphQuantization(weights="int4 symmetric", group_size=INT4_GROUP, activations="float32")
 TABLE_8 = GraphQuantization(weights="int8 symmetric", group_size=CHANNEL_BLOCK, activations="float32")
 QUANTIZATION: dict[Precision, dict[GraphName, GraphQuantization]] = {
     "int4": {"vision_encoder": TOKENS_8, "token_embedding": TABLE_8, "text_decoder": BLOCKS_4},
@@ -61,10 +128,13 @@ QUANTIZATION: dict[Precision, dict[GraphName, GraphQuantization]] = {
 }
 
 
-def _quantization(vlm: MobileVlm, precision: Precision) -> dict[GraphName, GraphQuantization]:
+def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     """The table's row, with the number of decoder matrices whose width the group does not divide."""
-    row = dict(QUANTIZATION[precision])
-    odd = fallbacks({name: tuple(weight.shape) for name, weight in vlm.state_dict().items()}, precision)
+    row = dict(QUANTIZATION[request.precision])
+    if request.onnx.int4_embedding:
+        row["token_embedding"] = TABLE_4
+    shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
+    odd = fallbacks(shapes, request.precision)
     if odd:
         decoder = row["text_decoder"]
         weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,11 @@ def open_runtime(bundle: Path, manifest: Manifest, threads: int | None) -> Runti
     return OnnxRuntime(onnxruntime, bundle, manifest, threads)
 
 
+def _cache_type(manifest: Manifest) -> str:
+    """float32, or float16 where the decoder was exported so."""
+    return next(i.dtype for i in manifest.graphs["text_decoder"].inputs if i.name.startswith("past_key_values."))
+
+
 class OnnxRuntime:
     """The Runtime of onnxruntime."""
 
@@ -69,15 +74,15 @@ class OnnxRuntime:
         self._embedding = session("token_embedding")
         self._decoder = session("text_decoder")
         self._binding = self._decoder.io_binding()
-        self._bind_cache()
+        self._bind_cache(np.dtype(_cache_type(manifest)))
         self._position = 0
 
-    def _bind_cache(self) -> None:
+    def _bind_cache(self, kind: np.dtype[Any]) -> None:
         shape = self._shape
         rows = (1, shape.num_kv_heads, shape.context_length, shape.head_dim)
         for layer in range(shape.num_layers):
             for part in ("key", "value"):
-                cache = self._engine.OrtValue.ortvalue_from_numpy(np.zeros(rows, np.float32))
+                cache = self._engine.OrtValue.ortvalue_from_numpy(np.zeros(rows, kind))
                 self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", cache)
                 self._binding.bind_ortvalue_output(f"present.{layer}.{part}", cache)  # same buffer: nothing is copied
         self._logits = self._engine.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, shape.vocab_size), np.float32))

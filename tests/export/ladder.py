@@ -23,9 +23,12 @@ from bundle.verify import Verdict, verdict_of
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from distill.models.processing import Processing
 from export.contract import ExportedGraphs, ExportRequest
+from export.dequantized import StoragePlan
+from export.golden_lockstep import FixedCache
 from export.golden_record import QUESTIONS, Probe, probes
 from export.recording import record
 from export.shape import model_shape
+from export.streamed_model import LoadedModel
 from export.targets import load_exporter
 from tests.export.conftest import STUDENT
 
@@ -94,7 +97,8 @@ def recorded(
     """Record the vectors of ``truth`` beside the graphs -> the manifest."""
     vlm = truth or tiny_vlm()
     stored = graphs.dequantized if dequantized is None else dequantized
-    golden = record(vlm, stored, questions(), target, precision, folder).golden(target, precision)
+    model, plan = LoadedModel(vlm, vlm.state_dict()), StoragePlan(target, precision)
+    golden = record(model, stored, questions(), plan, folder, lambda line: None).golden(target, precision)
     shape: ModelShape = model_shape(vlm, CONTEXT)
     manifest = Manifest(
         name="tiny",
@@ -153,18 +157,22 @@ def other_rotary_base(vlm: MobileVlm) -> MobileVlm:
 
 def window_of_four(vlm: MobileVlm) -> MobileVlm:
     """The graphs see every earlier row, this model only the last four: a wrong mask."""
-    forward = vlm.language_model.forward
 
-    def windowed(inputs_embeds: torch.Tensor, **more: object) -> object:
-        cache = more.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()  # type: ignore[attr-defined]
-        rows = torch.arange(past, past + inputs_embeds.shape[1])[:, None]
-        columns = torch.arange(past + inputs_embeds.shape[1])[None]
-        seen = (columns <= rows) & (columns > rows - 4)
-        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]  # [1, 1, T, E]
-        return forward(inputs_embeds=inputs_embeds, attention_mask=mask, **more)
+    def windowed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def layer(x: torch.Tensor, past_key_values: FixedCache | None = None, **more: object) -> torch.Tensor:
+            past = 0 if past_key_values is None else past_key_values.length
+            rows = torch.arange(past, past + x.shape[1])[:, None]
+            columns = torch.arange(past + x.shape[1])[None]
+            seen = (columns <= rows) & (columns > rows - 4)
+            mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[
+                None, None
+            ]  # [1, 1, T, E]
+            return forward(x, past_key_values=past_key_values, attention_mask=mask, **more)
 
-    vlm.language_model.forward = windowed  # type: ignore[method-assign]
+        return layer
+
+    for layer in vlm.language_model.layers:
+        layer.forward = windowed(layer.forward)
     return vlm
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import pytest
 import torch
 
 from bundle.errors import VerificationError
-from export.dequantized import load_dequantized, rounded, rounded_weights, target_storage
+from export.contract import EMBEDDING, LazyWeights, OnnxOptions
+from export.dequantized import CHUNK_VALUES, RoundedWeights, StoragePlan, check_stored, rounded
 from export.onnx_weights import pack, unpack
 from export.recipe import Storage
+from export.streamed_model import LoadedModel
 from tests.export.models import random_vlm
 
 UP = "language_model.layers.0.mlp.up_proj.weight"
+INT4 = StoragePlan("onnx", "int4")
 
 
 def test_rounding_known_answers() -> None:
@@ -23,62 +28,114 @@ def test_rounding_known_answers() -> None:
 
 
 def test_what_a_target_stores_otherwise_than_the_recipe() -> None:
-    assert target_storage("lm_head.weight", (512, 64), "onnx", "int4") == Storage(8, None)
-    assert target_storage("lm_head.weight", (512, 64), "executorch", "int4") == Storage(4, 32)
-    assert target_storage("lm_head.weight", (512, 80), "executorch", "int4") == Storage(8, None), "32 does not divide"
+    onnx, executorch = StoragePlan("onnx", "int4"), StoragePlan("executorch", "int4")
+    assert onnx.storage("lm_head.weight", (512, 64)) == Storage(8, None)
+    assert executorch.storage("lm_head.weight", (512, 64)) == Storage(4, 32)
+    assert executorch.storage("lm_head.weight", (512, 80)) == Storage(8, None), "32 does not divide"
     norm = "language_model.norm.weight"
-    assert target_storage(norm, (64,), "coreml", "int4") == Storage(16, None)
-    assert (
-        target_storage(norm, (64,), "onnx", "int4")
-        == target_storage(norm, (64,), "coreml", "fp32")
-        == Storage(32, None)
-    )
+    assert StoragePlan("coreml", "int4").storage(norm, (64,)) == Storage(16, None)
+    assert onnx.storage(norm, (64,)) == StoragePlan("coreml", "fp32").storage(norm, (64,)) == Storage(32, None)
+    asked = StoragePlan("onnx", "int4", OnnxOptions(int4_embedding=True).storages)
+    assert asked.storage(EMBEDDING, (512, 64)) == Storage(4, 32) != onnx.storage(EMBEDDING, (512, 64))
+    assert asked.storage("lm_head.weight", (512, 64)) == Storage(8, None)
 
 
 @torch.no_grad()
-def test_rounded_weights_end_with_their_block() -> None:
+def test_rounded_weights_are_used_and_let_go() -> None:
     vlm = random_vlm()
     before = {name: weight.clone() for name, weight in vlm.state_dict().items()}
     ids = torch.tensor([[1, 5, 9, 3]])
     exact = vlm.logits(ids)
-    with rounded_weights(vlm, "onnx", "int4"):
-        four = vlm.logits(ids)
-    with rounded_weights(vlm, "onnx", "int8"):
-        eight = vlm.logits(ids)
+    model = LoadedModel(vlm, vlm.state_dict())
+    plan = StoragePlan("onnx", "int4")
+    model.use(RoundedWeights(model.weights, plan))
+    four = vlm.logits(ids)
+    model.use(RoundedWeights(model.weights, StoragePlan("onnx", "int8")))
+    eight = vlm.logits(ids)
+    model.use({})
     assert float((four - exact).norm()) > 5 * float((eight - exact).norm()) > 0
+    assert torch.equal(vlm.logits(ids), exact)
     assert all(torch.equal(weight, before[name]) for name, weight in vlm.state_dict().items())
-    for name in (UP, "lm_head.weight"):
-        vlm.get_parameter(name).copy_(rounded(before[name], target_storage(name, before[name].shape, "onnx", "int4")))
-    assert vlm.state_dict()[UP].unique().numel() < before[UP].unique().numel(), "the reference really rounds"
+    weights = RoundedWeights(before, plan)
+    for name, weight in before.items():
+        out = torch.empty(weight.shape)
+        weights.read_into(name, out)
+        assert torch.equal(out, rounded(weight, plan.storage(name, tuple(weight.shape)))), name
+        assert torch.equal(out, weights[name])
+    assert weights[UP].unique().numel() < before[UP].unique().numel(), "the reference really rounds"
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 128)])
 def test_our_packer_stays_within_the_limit_and_a_wrong_scale_does_not(bits: int, group: int) -> None:
-    vlm = random_vlm(hidden=128)
+    generator = torch.Generator().manual_seed(0)
     name = UP if bits == 4 else "lm_head.weight"
-    with torch.no_grad():
-        vlm.get_parameter(name).copy_(torch.randn(vlm.get_parameter(name).shape) * torch.logspace(-3, 0, 128))
-    weight = vlm.get_parameter(name).detach().clone()
+    weight = torch.randn((96, 128), generator=generator) * torch.logspace(-3, 0, 128)
     packed = pack(weight.numpy(), bits, group)
-    stored = torch.from_numpy(unpack(packed))
-    load_dequantized(vlm, {name: stored}, "onnx", "int4")
-    assert torch.equal(vlm.state_dict()[name], stored)
+    check_stored({name: weight}, {name: torch.from_numpy(unpack(packed))}, INT4)
 
-    vlm.get_parameter(name).data = weight
     packed.scales[3, 0] *= 1.5
-    with pytest.raises(VerificationError) as refused:
-        load_dequantized(vlm, {name: torch.from_numpy(unpack(packed))}, "onnx", "int4")
-    line = str(refused.value)
+    line = refusal({name: weight}, {name: torch.from_numpy(unpack(packed))})
     assert "stage 'first_logits', kind quantization: the onnx files do not hold the checkpoint's weights" in line
     assert f"'{name}' is off by up to" in line and "in row 3" in line and "1 groups so" in line
 
 
+def test_a_width_that_the_group_does_not_divide() -> None:
+    weight = torch.randn((8, 48), generator=torch.Generator().manual_seed(0))
+    plan = StoragePlan("onnx", "int4", {UP: Storage(4, 32)})
+    stored = torch.from_numpy(unpack(pack(weight.numpy(), 4, 32)))
+    check_stored({UP: weight}, {UP: stored}, plan)
+    assert rounded(weight, Storage(4, 32)).shape == (8, 48)
+    stored[7, 40] += 1
+    with pytest.raises(VerificationError, match="in row 7, group 1 of 32 values"):
+        check_stored({UP: weight}, {UP: stored}, plan)
+
+
+class Lazy(LazyWeights):
+    """Weights that can only be written into a given tensor; counts the tensors that were given."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights = weights
+        self.given: set[int] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        raise AssertionError(f"{name} is read into new memory")
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        self.given.add(out.data_ptr())
+        out.copy_(self.weights[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def test_large_lazy_weights_are_compared_in_pieces_in_memory_that_is_used_again() -> None:
+    rows = CHUNK_VALUES // 128 + 100  # more than one piece
+    half = torch.randn((rows, 128), generator=torch.Generator().manual_seed(0)).half()
+    names = [f"language_model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
+    stored = Lazy({name: rounded(half.float(), Storage(4, 32)) for name in names})
+    weights = dict.fromkeys(names, half)
+    check_stored(weights, stored, INT4)
+    assert len(stored.given) == 1 and UP in stored and "lm_head.weight" not in stored
+    stored.weights[names[1]][rows - 2, 33] += 5
+    stored.weights[names[1]][rows - 1, 127] = float("nan")
+    line = refusal(weights, stored)
+    assert f"'{names[1]}'" in line and f"in row {rows - 2}, group 1 of 32 values" in line and "(2 groups so;" in line
+
+
 def test_other_shapes_and_values_that_are_no_numbers() -> None:
-    vlm = random_vlm()
-    weight = vlm.state_dict()["projector.linear_1.weight"]
-    with pytest.raises(VerificationError, match=r"stage 'visual_tokens'.*has shape \[2, 2\], not"):
-        load_dequantized(vlm, {"projector.linear_1.weight": torch.zeros(2, 2)}, "onnx", "int4")
+    name = "projector.linear_1.weight"
+    weight = random_vlm().state_dict()[name]
+    line = refusal({name: weight}, {name: torch.zeros(2, 2)})
+    assert "stage 'visual_tokens'" in line and "has shape [2, 2], not" in line
     spoilt = weight.clone()
     spoilt[1, 1] = float("nan")
-    with pytest.raises(VerificationError, match="in row 1,"):
-        load_dequantized(vlm, {"projector.linear_1.weight": spoilt}, "onnx", "int4")
+    assert "in row 1," in refusal({name: weight}, {name: spoilt})
+
+
+def refusal(weights: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> str:
+    with pytest.raises(VerificationError) as refused:
+        check_stored(weights, stored, INT4)
+    return str(refused.value)

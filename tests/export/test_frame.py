@@ -14,10 +14,11 @@ from bundle.runtimes.registry import open_runtime
 from bundle.tokenizer import open_tokenizer
 from distill.models.checkpoint import load_vlm
 from distill.models.processing import read_processing
-from export.golden_record import forced_errors, picture, probes, run_forced, run_stages
+from export.golden_record import picture, probes
 from export.rounding import int8_per_token, rounded_activations
 from tests.export.conftest import STUDENT, Exported
 from tests.export.models import random_vlm
+from tests.export.one_by_one import forced_errors, run_forced, run_stages
 
 
 def student_probes() -> list:

@@ -18,6 +18,7 @@ from distill.models.mobilevlm import MobileVlm
 from export.contract import ExportRequest
 from export.shape import model_shape
 from export.to_onnx import export_onnx
+from tests.export.conftest import STUDENT
 from tests.export.models import random_vlm
 
 CONTEXT = 64
@@ -31,7 +32,7 @@ ODD_MODELS = {
 
 def opened(vlm: MobileVlm, precision: Precision, folder: Path) -> tuple[Runtime, MobileVlm]:
     """Export ``vlm`` -> the runtime on its files, and the model with the weights that the files hold."""
-    request = ExportRequest(vlm, precision, CONTEXT, Path("tokenizer.model"), (2,), 1, folder, lambda line: None)
+    request = ExportRequest(vlm, precision, CONTEXT, STUDENT / "tokenizer.model", (2,), 1, folder, lambda line: None)
     written = export_onnx(request)
     state = {name: weight.clone() for name, weight in vlm.state_dict().items()} | dict(written.dequantized)
     twin = MobileVlm(vlm.config).eval()
@@ -72,7 +73,9 @@ def test_the_files_hold_the_weights_that_were_asked_for(tmp_path: Path) -> None:
     errors = {}
     for precision in ("fp16", "int8", "int4"):
         (tmp_path / precision).mkdir()
-        request = ExportRequest(vlm, precision, CONTEXT, Path("t"), (2,), 1, tmp_path / precision, lambda line: None)
+        request = ExportRequest(
+            vlm, precision, CONTEXT, STUDENT / "tokenizer.model", (2,), 1, tmp_path / precision, lambda line: None
+        )
         stored = export_onnx(request).dequantized
         errors[precision] = {
             name: relative_error(weight.numpy(), vlm.state_dict()[name].numpy()) for name, weight in stored.items()
@@ -109,6 +112,6 @@ def test_a_full_context_is_usable_and_one_more_is_refused(tmp_path: Path) -> Non
 def test_a_model_that_is_no_llama_is_refused(tmp_path: Path) -> None:
     vlm = random_vlm()
     vlm.config.text_config.hidden_act = "relu"
-    request = ExportRequest(vlm, "int4", CONTEXT, Path("t"), (2,), 1, tmp_path, lambda line: None)
+    request = ExportRequest(vlm, "int4", CONTEXT, STUDENT / "tokenizer.model", (2,), 1, tmp_path, lambda line: None)
     with pytest.raises(UsageError, match="hidden_act 'relu'"):
         export_onnx(request)

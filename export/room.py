@@ -1,0 +1,117 @@
+"""Weights, precision and context -> bytes of disk and memory that an export takes; does this machine have them?"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from bundle.errors import UsageError
+from bundle.golden import GREEDY_TOKENS
+from bundle.manifest import ModelShape, Precision, Target
+from export.recipe import storage_of
+
+GIB = 1 << 30
+FLOAT_BYTES, SCALE_BYTES = 4, 4
+CHANNEL_BLOCK = 128
+SPARE_DISK_BYTES = 64 << 20  # tokenizer, JSON, pictures, padding to pages
+# Measured on ONNX exports: Python with torch, transformers and onnxruntime; then the session on the written files,
+# which packs matrices anew for its kernels.
+PROCESS_BYTES = 800 << 20
+SESSION_PER_FILE_BYTE = 1.9
+ACTIVATION_BYTES = 1 << 30  # of three pictures in the tower and four prompts in the decoder, as float32
+# Targets whose exporters keep to the estimate below; the others load the whole model.
+STREAMED: tuple[Target, ...] = ("onnx",)
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def file_bytes(shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> int:
+    """Bytes of all graphs' weights."""
+    return sum(_stored_bytes(name, shape, precision) for name, shape in shapes.items())
+
+
+def _stored_bytes(name: str, shape: tuple[int, ...], precision: Precision) -> int:
+    storage, values = storage_of(name, shape, precision), math.prod(shape)
+    scales = values / (storage.group_size or CHANNEL_BLOCK) * SCALE_BYTES if storage.bits in (4, 8) else 0
+    return int(values * storage.bits / 8 + scales)
+
+
+def disk_needed(shapes: Mapping[str, tuple[int, ...]], precision: Precision, questions: int, vocabulary: int) -> int:
+    """Bytes that the bundle takes."""
+    logits = questions * (GREEDY_TOKENS + 1) * vocabulary * FLOAT_BYTES
+    sets = 1 if precision == "fp32" else 2  # of golden vectors: the checkpoint's, and those of the stored weights
+    return file_bytes(shapes, precision) + sets * logits + SPARE_DISK_BYTES
+
+
+def memory_needed(shapes: Mapping[str, tuple[int, ...]], precision: Precision, model: ModelShape) -> int:
+    """Bytes that a streamed export takes at its peak: the replay, or the model's largest parts as float32."""
+    cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.context_length * FLOAT_BYTES
+    replay = int(SESSION_PER_FILE_BYTE * file_bytes(shapes, precision)) + cache
+    layer = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("language_model.layers.0."))
+    table = max(math.prod(shape) for shape in shapes.values())
+    recording = FLOAT_BYTES * (layer + table) + cache + ACTIVATION_BYTES
+    return PROCESS_BYTES + max(replay, recording)
+
+
+def check_room(
+    target: Target,
+    output: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    precision: Precision,
+    model: ModelShape,
+    questions: int,
+) -> None:
+    """Refuse an export that this machine cannot finish.
+
+    Raises:
+        UsageError: too little disk or memory, with both numbers.
+    """
+    disk, free = disk_needed(shapes, precision, questions, model.vocab_size), free_disk_bytes(output.parent)
+    if free < disk:
+        raise UsageError(
+            f"the bundle takes {disk / GIB:.1f} GiB of disk, {output.parent} has {free / GIB:.1f} GiB free; make room "
+            "or choose another --output"
+        )
+    if target not in STREAMED:
+        return
+    memory, available = memory_needed(shapes, precision, model), available_memory_bytes()
+    if available < memory:
+        raise UsageError(
+            f"the export takes about {memory / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are available; close "
+            f"other programs, choose a smaller precision or a --context-length below {model.context_length}"
+        )
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free bytes where ``folder`` is or will be made."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def available_memory_bytes() -> int:
+    """What this process can still take: of the machine, and of its container's limit."""
+    available = int(psutil.virtual_memory().available)
+    limit_file, stat_file = CGROUP / "memory.max", CGROUP / "memory.stat"
+    if not limit_file.is_file() or not stat_file.is_file():
+        return available
+    limit = limit_file.read_text().strip()
+    if limit == "max":
+        return available
+    stat = dict(line.split() for line in stat_file.read_text().splitlines())
+    return min(available, int(limit) - int(stat["anon"]))  # file pages can be dropped
+
+
+def release_free_memory() -> None:
+    """Give memory that Python has freed back to the system, so that the next engine does not come on top of it.
+
+    glibc keeps what the recording's activations took.
+    """
+    with suppress(OSError, AttributeError):  # another C library: it keeps what it keeps
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,21 @@
+"""Progress lines: how much is done and when it will be over."""
+
+from __future__ import annotations
+
+import pytest
+
+from export.meter import Meter, duration
+
+
+def test_lines_come_every_few_seconds_and_know_what_is_left() -> None:
+    lines: list[str] = []
+    now = [0.0]
+    meter = Meter("weights written", 100, lines.append, clock=lambda: now[0])
+    for now[0], amount in ((1.0, 5), (6.0, 20), (7.0, 5), (12.0, 20), (24.0, 50)):
+        meter.advance(amount)
+    assert lines == ["weights written: 25 %, about 18 s left", "weights written: 50 %, about 12 s left"]
+
+
+@pytest.mark.parametrize("seconds,said", [(0.4, "0 s"), (59, "59 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")])
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
