@@ -226,9 +226,7 @@ class AlignKD(nn.Module):
                 known = None
                 if images:
                     pixels = pixel_values if teacher_pixel_values is None else teacher_pixel_values
-                    known = features if self.shares_tower else self._features(self.teacher, pixels, image_features)
-                if known is not None:
-                    known = self.teacher.projector(known.to(self.teacher.dtype))  # [n, N, D_T]
+                    known = self._teacher_tokens(features, pixels, image_features)  # [n, N, D_T]
                 if self._uses(WORDY_TERMS):
                     theirs = torch.where(
                         input_ids == self.student.image_token_id, self.teacher.image_token_id, input_ids
@@ -259,6 +257,41 @@ class AlignKD(nn.Module):
             return known
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_tower):
             return vlm.tower_features(pixels)  # [n, P, D_v]
+
+    @torch.no_grad()
+    def _teacher_tokens(
+        self, student: torch.Tensor | None, pixels: torch.Tensor | None, known: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The teacher's visual tokens [n, N, D_T] from the student's features, or from pixels or known features."""
+        assert self.teacher is not None
+        seen = student if self.shares_tower else self._features(self.teacher, pixels, known)
+        return None if seen is None else self.teacher.projector(seen.to(self.teacher.dtype))
+
+    @torch.no_grad()
+    def visual_pair(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        teacher_pixel_values: torch.Tensor | None = None,
+        recorded: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Visual tokens of a batch's images: the student's [n, N, D_S] and the teacher's on its grid [n, N, D_T].
+
+        The arguments are those of ``forward``. None without images or without the teacher's tokens.
+        """
+        features = self._features(self.student, pixel_values, image_features)
+        if features is None:
+            return None
+        ours = self.student.projector(features.to(self.student.dtype))  # [n, N, D_S]
+        if recorded is not None:
+            view = recorded_view(recorded)
+        elif self.teacher is not None:
+            pixels = pixel_values if teacher_pixel_values is None else teacher_pixel_values
+            view = TeacherView(visual=self._teacher_tokens(features, pixels, image_features))
+        else:
+            return None
+        theirs = on_students_grid(view, ours.shape[1]).visual
+        return None if theirs is None else (ours, theirs)
 
     def _touch(self, visual: torch.Tensor) -> torch.Tensor:
         """A scalar that depends on the projector, through ``visual``, and on every adapter."""

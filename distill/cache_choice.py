@@ -40,7 +40,7 @@ def asked_by(config: DistillConfig | CacheConfig, student_layers: int) -> Asked:
     """
     terms = tuple(config.term_weights)
     groups = student_layers if "attention_groups" in terms else 0
-    return Asked(terms, config.mask, config.temperature, config.top_k, groups)
+    return Asked(terms, config.mask, config.divergence_temperature, config.top_k, groups)
 
 
 def open_recording(

@@ -10,11 +10,13 @@ import tyro
 
 from bundle.errors import UsageError
 
-Losses = Literal["paper", "published_code", "ce"]
+Losses = Literal["paper", "ours", "published_code", "ce"]
 OnBadImage = Literal["stop", "skip"]
 PRESETS: dict[Losses, dict[str, float]] = {
     # the paper weighs its five terms equally (Align-KD, arXiv 2412.01282)
     "paper": {"cross_entropy": 1.0, "reverse_kl": 1.0, "attention": 1.0, "visual": 1.0, "focus": 1.0},
+    # what won on the demo world: experiments/align_kd
+    "ours": {"cross_entropy": 1.0, "forward_kl": 1.0, "attention_groups": 1.0},
     # what the authors' code computes instead, for comparison only: distill/published_code.py
     "published_code": {
         "cross_entropy": 1.0,
@@ -25,6 +27,7 @@ PRESETS: dict[Losses, dict[str, float]] = {
     },
     "ce": {"cross_entropy": 1.0},
 }
+TEMPERATURES: dict[Losses, float] = {"paper": 1.0, "ours": 4.0, "published_code": 1.0, "ce": 1.0}  # of the divergences
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,19 @@ class DistillConfig:
     images: Path | None = None
     """Folder of the images that the data names; default: the data file's folder."""
     losses: Losses = "paper"
-    """paper: the five terms of Align-KD; published_code: what its code does instead; ce: cross entropy, no teacher."""
+    """paper: the five terms of Align-KD; ours: forward KL and attention KL by groups of layers; published_code: what
+    the paper's code does instead; ce: cross entropy, no teacher."""
     weights: TermWeights = field(default_factory=TermWeights)
     """Change single weights."""
-    temperature: float = 1.0
-    """Of the divergences; 1 in the paper."""
+    temperature: float | None = None
+    """Of the divergences; default: what --losses says (1 in the paper, 4 in ours)."""
     mask: Literal["answer", "answer+vision", "all"] = "answer"
     """Positions the divergences look at: those that predict an answer, these and the visual tokens, or all."""
+    adapter_init: Literal["fit", "random"] = "fit"
+    """Where the maps between visual tokens start: at their least-squares fit over training images, or at random. Random
+    ones can begin so far off that clipping leaves nothing of the other terms."""
+    shuffled_teacher: bool = False
+    """A control: the teacher sees another row's picture. What still helps then is no knowledge of the picture."""
     taught_share_end: float = 1.0
     """Share of the distillation terms' weights that is left at the end; it falls linearly from 1."""
     learned_balance: bool = False
@@ -157,7 +166,7 @@ class DistillConfig:
     projector_learning_rate: float | None = None
     """Of the projector; default: the decoder's (MobileVLM V2's first stage uses 1e-3)."""
     adapter_learning_rate: float = 1e-3
-    """Of the maps between teacher and student, which start at random."""
+    """Of the maps between teacher and student."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up."""
     warmup: float = 0.03
@@ -210,6 +219,10 @@ class DistillConfig:
         return term_weights(self.losses, self.weights)
 
     @property
+    def divergence_temperature(self) -> float:
+        return TEMPERATURES[self.losses] if self.temperature is None else self.temperature
+
+    @property
     def needs_teacher(self) -> bool:
         return bool(set(self.term_weights) - {"cross_entropy"})
 
@@ -234,11 +247,14 @@ class DistillConfig:
             problems.append(
                 "--teacher-bits keeps the teacher on the device; --teacher-placement cpu is for whole weights"
             )
+        if self.shuffled_teacher and self.cache is not None:
+            problems.append("--shuffled-teacher needs a teacher that runs; leave --cache out")
         return problems
 
     def _numbers(self) -> list[str]:
         positive = {
-            "temperature": self.temperature, "top-k": self.top_k, "epochs": self.epochs, "batch-size": self.batch_size,
+            "temperature": 1 if self.temperature is None else self.temperature,
+            "top-k": self.top_k, "epochs": self.epochs, "batch-size": self.batch_size,
             "gradient-accumulation": self.gradient_accumulation, "learning-rate": self.learning_rate,
             "adapter-learning-rate": self.adapter_learning_rate, "log-steps": self.log_steps,
             "save-steps": self.save_steps, "eval-steps": self.eval_steps, "eval-rows": self.eval_rows,
@@ -291,7 +307,7 @@ class CacheConfig:
     """As in training: decides what is recorded."""
     weights: TermWeights = field(default_factory=TermWeights)
     """As in training; only whether a weight is 0 matters."""
-    temperature: float = 1.0
+    temperature: float | None = None
     """As in training."""
     mask: Literal["answer", "answer+vision", "all"] = "answer"
     """As in training."""
@@ -325,7 +341,8 @@ class CacheConfig:
         if self.images is not None and not self.images.is_dir():
             problems.append(f"--images {self.images} is no folder")
         positive = {
-            "temperature": self.temperature, "top-k": self.top_k, "words": self.storage.words,
+            "temperature": 1 if self.temperature is None else self.temperature,
+            "top-k": self.top_k, "words": self.storage.words,
             "batch-size": self.batch_size, "shard-mb": self.shard_mb, "ranks": self.ranks,
         }  # fmt: skip
         problems += [f"--{name} {value} must be above 0" for name, value in positive.items() if not value > 0]
@@ -350,6 +367,10 @@ class CacheConfig:
         if self.images is not None:
             return self.images
         return self.data if self.data.is_dir() else self.data.parent
+
+    @property
+    def divergence_temperature(self) -> float:
+        return TEMPERATURES[self.losses] if self.temperature is None else self.temperature
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from distill.batch_order import LengthGroupedOrder as LengthGroupedOrder
 from distill.chat_rows import encode_chat
 from distill.conversation import Row, Turn
 from distill.image_source import ImageSource
-from distill.image_store import BadImageError
+from distill.image_store import BadImageError, OtherRowsImages
 from distill.image_store import ImageStore as ImageStore
 from distill.models.processing import Processing
 from distill.rows import Rows
@@ -163,7 +163,7 @@ class Collator:
     images: ImageStore
     features: dict[ImageSource, torch.Tensor] | None = None
     report_bad: bool = False
-    teacher_images: ImageStore | None = None
+    teacher_images: ImageStore | OtherRowsImages | None = None
     recording: Recording | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:

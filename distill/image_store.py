@@ -9,6 +9,7 @@ from bundle.image import preprocess
 from bundle.manifest import ImageSpec
 from distill.conversation import Row
 from distill.image_source import ImageSource, open_source
+from distill.rows import Rows
 
 
 class BadImageError(AlignKDError):
@@ -49,3 +50,25 @@ class ImageStore:
             return torch.from_numpy(preprocess(open_source(row.image), self._spec))[0]  # [3, S, S]
         except UsageError as error:
             raise BadImageError(f"row {row.number}: {error}") from error
+
+
+class OtherRowsImages:
+    """For a row, the image of the next row that has another one: what a shuffled teacher sees."""
+
+    def __init__(self, images: ImageStore, rows: Rows) -> None:
+        self._images, self._rows = images, rows
+        self._with_image = rows.with_image.nonzero()[0]  # row numbers, ascending
+
+    def pixels(self, row: Row) -> torch.Tensor:
+        """[3, S, S]; the row's own image where the data set has no other.
+
+        Raises:
+            BadImageError: the other image is missing or corrupt; the line names its row.
+        """
+        count = len(self._with_image)
+        here = int(self._with_image.searchsorted(row.number))
+        for step in range(1, count):
+            other = self._rows[int(self._with_image[(here + step) % count])]
+            if other.image != row.image:
+                return self._images.pixels(other)
+        return self._images.pixels(row)

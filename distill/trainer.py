@@ -19,12 +19,14 @@ from transformers import TrainerCallback, TrainingArguments
 from bundle.staging import refuse_existing, sha256_of, write_text_whole
 from bundle.tokenizer import open_tokenizer
 from distill.accuracy import read_held_out
+from distill.adapter_start import fit_visual_maps
 from distill.align_kd import AlignKD, TermSettings
 from distill.bad_images import SHOWN, BadImages, read_all
 from distill.cache_choice import open_recording
 from distill.config import DistillConfig
 from distill.data import Collator, ImageStore, LlavaDataset
 from distill.features import known_features
+from distill.image_store import OtherRowsImages
 from distill.lora import FOLDER as LORA_FOLDER
 from distill.lora import add_lora, save_lora
 from distill.model_card import RunFacts, render_card
@@ -85,6 +87,8 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
                 collator.features = known_features(  # on the trainer's device
                     module, dataset.rows, collator.images, budget, leave_out_bad=config.on_bad_image == "skip"
                 )
+            if config.adapter_init == "fit":
+                fit_visual_maps(module, dataset, collator)
         if ranks.main:
             write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
         checkpoint = ranks.told(last_checkpoint(config.work))
@@ -113,7 +117,7 @@ def _open(
     teacher, theirs = None, processing
     if config.cache is None:
         teacher, theirs = open_teacher(config, student, processing, console)
-    same_pictures = theirs.image == processing.image
+    same_pictures = theirs.image == processing.image and not config.shuffled_teacher
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
@@ -138,10 +142,14 @@ def _open(
         processing.tokenizer.pad_id,
         ImageStore(processing.image, budget),
         report_bad=True,
-        teacher_images=None if same_pictures else ImageStore(theirs.image, budget),
+        teacher_images=None if same_pictures else _teacher_images(config, ImageStore(theirs.image, budget), rows),
         recording=recording,
     )
     return module, processing, dataset, collator
+
+
+def _teacher_images(config: DistillConfig, images: ImageStore, rows: IndexedRows) -> ImageStore | OtherRowsImages:
+    return OtherRowsImages(images, rows) if config.shuffled_teacher else images
 
 
 def _trainer(
@@ -191,7 +199,7 @@ def _trainer(
 def term_settings(config: DistillConfig) -> TermSettings:
     """The part of the settings that the loss terms are computed with."""
     return TermSettings(
-        temperature=config.temperature,
+        temperature=config.divergence_temperature,
         mask=config.mask,
         label_smoothing=config.label_smoothing,
         top_k=config.top_k,

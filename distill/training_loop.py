@@ -216,10 +216,10 @@ class DistillTrainer(Trainer):
         self._order = LengthGroupedOrder(lengths, size, self._config.seed, self.args.world_size)
         return self._order
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer does not reach our sampler through what accelerate wraps around it in a resumed epoch."""
         self._order.set_epoch(epoch)
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+        return super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also what the log has summed; the Trainer's state, which marks a whole checkpoint, is written after this."""
