@@ -24,7 +24,7 @@ make_once "$DATA" alignkd-data make-demo "$DATA"
 printf '\n+ alignkd-data check %s\n' "$DATA" >&2
 alignkd-data check "$DATA"
 
-for losses in ce paper; do
+for losses in ce ours; do
     student=$OUT/checkpoints/student-$losses
     resume=()
     [[ -d $student.work ]] && resume=(--resume)
@@ -38,9 +38,9 @@ export_bundle() { # export_bundle NAME CHECKPOINT TARGET PRECISION
 }
 export_bundle teacher-fp32 "$TEACHER" onnx fp32
 export_bundle student-ce-fp32 "$OUT/checkpoints/student-ce" onnx fp32
-export_bundle student-alignkd-fp32 "$OUT/checkpoints/student-paper" onnx fp32
+export_bundle student-alignkd-fp32 "$OUT/checkpoints/student-ours" onnx fp32
 for target in onnx executorch coreml; do
-    export_bundle "student-alignkd-int4-$target" "$OUT/checkpoints/student-paper" "$target" int4
+    export_bundle "student-alignkd-int4-$target" "$OUT/checkpoints/student-ours" "$target" int4
 done
 
 for bundle in "$OUT"/bundles/*; do
