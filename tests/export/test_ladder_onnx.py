@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,11 @@ def test_weights_that_the_exporter_spoils_are_named(
         weight = weight_of(writer, asked)
         return spoil(torch.from_numpy(weight)).numpy() if asked == name else weight
 
+    def in_pieces(writer: onnx_linear.ModelWriter, asked: str, count: int) -> Iterator[np.ndarray]:
+        return iter(np.array_split(spoilt(writer, asked), count))
+
     monkeypatch.setattr(onnx_linear.ModelWriter, "weight", spoilt)
+    monkeypatch.setattr(onnx_linear.ModelWriter, "chunks", in_pieces)
     exported = ladder.written("onnx", "int4", tmp_path / "bundle")
     with pytest.raises(VerificationError) as refused:
         ladder.recorded(tmp_path / "bundle", "onnx", "int4", exported)

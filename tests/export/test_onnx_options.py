@@ -13,6 +13,7 @@ from bundle.manifest import Precision
 from bundle.replay import relative_error
 from bundle.runtimes.onnx import OnnxRuntime, open_runtime
 from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
+from export.frame import ExportJob, export_bundle
 from export.shape import model_shape
 from export.to_onnx import export_onnx, graph_of
 from tests.export.conftest import STUDENT, Command
@@ -102,6 +103,14 @@ def test_every_weight_belongs_to_the_graph_that_reads_it(tmp_path: Path) -> None
         }
     unread = [weight for weight in vlm.state_dict() if graph_of(weight, vlm) is None]
     assert {weight.split(".layers.")[-1].split(".")[0] for weight in unread if ".layers." in weight} == {"2"}
+
+
+def test_both_options_at_once_pass_the_weight_check_and_the_replay(tmp_path: Path) -> None:
+    job = ExportJob(STUDENT, "onnx", "int4", tmp_path / "out", onnx=OnnxOptions(int4_embedding=True, fp16_cache=True))
+    manifest = export_bundle(job, lambda line: None)
+    assert manifest.parity is not None
+    off, allowed = manifest.parity.quantization_error, manifest.golden.quantization_tolerances
+    assert 5e-2 < off["embeddings"] <= allowed["embeddings"] < 0.25, "held against plain rounding at 4 bits"
 
 
 @pytest.mark.parametrize(
