@@ -147,7 +147,7 @@ class WholeModel:
 def weight_errors(
     weights: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """Each changed weight's relative L2 distance to the one it was made of; one pair of them in memory at a time."""
+    """Each changed weight's relative L2 distance to the one it was made of; memory holds one pair of each shape."""
     pairs: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # filled again, as LazyWeights says
     for name in changed:
         wanted = weights[name]
