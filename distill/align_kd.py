@@ -368,7 +368,9 @@ class AlignKD(nn.Module):
             block = text_to_image_attention(self.student, student, spans)  # [n, H_S, R, N]
             if "attention" in self.weights:
                 assert self.head_map is not None
-                terms["attention"] = attention_mse(block, self.head_map(teacher.attention), mask)
+                terms["attention"] = attention_mse(
+                    block, self.head_map(teacher.attention.to(self.head_map.weight.dtype)), mask
+                )
             if "attention_kl" in self.weights:
                 terms["attention_kl"] = attention_kl(block, teacher.attention, mask, by_mass)
         if teacher.group_attention is not None:
