@@ -78,6 +78,9 @@ def gradient_norms(module: AlignKD, terms: Mapping[str, torch.Tensor]) -> dict[s
     parameters = [parameter for parameter in module.student.parameters() if parameter.requires_grad]
     norms = {}
     for name, value in terms.items():
+        if not value.requires_grad:  # the published code's attention term is a constant
+            norms[name] = 0.0
+            continue
         weighted = module.weights[name] * value
         found = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
         squares = [gradient.detach().float().square().sum() for gradient in found if gradient is not None]

@@ -14,6 +14,7 @@ from distill.config import PRESETS
 from distill.losses import focus_tokens
 from distill.models.mobilevlm import MobileVlm
 from distill.models.roles import attention_rows, look, predicting_rows, spans_of, text_to_image_attention
+from distill.term_meter import gradient_norms
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Case
@@ -77,6 +78,8 @@ def test_the_published_code_computes_what_was_recorded(
         {name: recorded[theirs] for name, theirs in names.items()}, abs=1e-4
     )
     assert module.total(terms).item() == pytest.approx(recorded["total"], abs=1e-3)
+    norms = gradient_norms(module, terms)
+    assert norms["published_attention"] == 0 and all(norms[name] > 0 for name in norms if name != "published_attention")
     adapters = [p for name, p in module.named_parameters() if not name.startswith("student.")]
     assert adapters and not any(p.requires_grad for p in adapters)  # in no optimizer, as there
 
