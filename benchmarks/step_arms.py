@@ -16,7 +16,7 @@ from distill.config import PRESETS
 from distill.losses import log_probabilities
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from distill.models.roles import look, predicting_rows
-from distill.teacher_view import TeacherView, live_view
+from distill.teacher_view import TeacherView, WholeSides, live_view
 
 VOCABULARY, BEFORE_IMAGE, QUESTION, ANSWER = 32_000, 36, 34, 86  # with 144 visual tokens: L = 300, 86 supervised
 POSITIONS = BEFORE_IMAGE + 144 + QUESTION + ANSWER
@@ -76,8 +76,8 @@ class KnownRows:
     def split(self, rows: int) -> list[KnownRows]:
         return [KnownRows(part) for part in self.log_teacher.split(rows)]
 
-    def beside(self, log_student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return log_student, self.log_teacher
+    def beside(self, log_student: torch.Tensor) -> WholeSides:
+        return WholeSides(log_student, self.log_teacher)
 
 
 def make_arms(shape: str, batch_size: int, device: str, autocast: bool, seed: int = 0) -> Arms:

@@ -106,7 +106,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_step(
         more = start([*words, "--max-steps", 400, "--output", output, "--resume"], tmp_path)
         more.wait_for("/400: ")
         first = int(more.err.read_text().split("step ")[1].split("/")[0])
-        assert step < first <= step + 20
+        assert step < first <= step + 2 * 20  # a line each twenty steps, and the first may come late
         assert more.process.pid is not None
         os.kill(more.process.pid, signal.SIGKILL)
         more.end()
