@@ -158,6 +158,27 @@ class AlignKD(nn.Module):
             parts.append(share * self.weights[name] * value)
         return torch.stack(parts).sum()
 
+    @torch.no_grad()
+    def fit_visual_maps(self, features: torch.Tensor) -> None:
+        """Start the maps between visual tokens at the least-squares fit, so that their terms do not begin far off.
+
+        Random maps make terms that dwarf the cross entropy's gradient, and clipping then leaves little of it.
+
+        Args:
+            features: [n, P, D_v], of a tower that student and teacher share.
+        """
+        if self.teacher is None:
+            return
+        ours, theirs = (
+            vlm.projector(features.to(vlm.dtype)).float().flatten(0, 1) for vlm in (self.student, self.teacher)
+        )  # [n * N, D]
+        for linear, source, target in ((self.visual_map, theirs, ours), (self.student_map, ours, theirs)):
+            if linear is not None:
+                with_one = torch.cat([source, torch.ones_like(source[:, :1])], 1)
+                solution = torch.linalg.lstsq(with_one, target, driver="gelsd").solution  # [D_in + 1, D_out]
+                linear.weight.copy_(solution[:-1].T)
+                linear.bias.copy_(solution[-1])
+
     @property
     def wanted(self) -> Wanted:
         """What the terms ask of the teacher."""
@@ -177,6 +198,7 @@ class AlignKD(nn.Module):
         labels: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        teacher_view: TeacherView | None = None,
     ) -> dict[str, torch.Tensor]:
         """One batch -> unweighted terms.
 
@@ -186,6 +208,7 @@ class AlignKD(nn.Module):
             image_features: [n, P, D_v], features of a tower that student and teacher share. A batch without an image id
                 may bring one blank image, which adds 0: every trained parameter then takes part in every batch, as
                 training on several processes needs.
+            teacher_view: of this batch, recorded before; otherwise the teacher runs.
         """
         wanted = self.wanted
         images = int((input_ids == self.student.image_token_id).sum())
@@ -193,8 +216,8 @@ class AlignKD(nn.Module):
         features = self._features(self.student, pixel_values, image_features)
         visual = None if features is None else self.student.projector(features.to(self.student.dtype))  # [n, N, D_S]
         student = look(self.student, *batch, visual if images else None, wanted.groups > 0)
-        view, seen = None, None
-        if self.teacher is not None:
+        view, seen = teacher_view, None
+        if self.teacher is not None and view is None:
             with torch.no_grad():
                 known = features if self.shares_tower else self._features(self.teacher, pixel_values, image_features)
                 if images and known is not None:

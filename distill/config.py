@@ -88,6 +88,8 @@ class DistillConfig:
     """Of the divergences; 1 in the paper."""
     mask: Literal["answer", "answer+vision", "all"] = "answer"
     """Positions the divergences look at: those that predict an answer, these and the visual tokens, or all."""
+    adapter_init: Literal["random", "fit"] = "random"
+    """fit: the maps between visual tokens start at the least-squares fit over training images."""
     taught_share_end: float = 1.0
     """Share of the distillation terms' weights that is left at the end; it falls linearly from 1."""
     learned_balance: bool = False

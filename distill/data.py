@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -142,8 +142,9 @@ class Collator:
     pad_id: int
     images: ImageStore
     features: dict[Path, torch.Tensor] | None = None
+    teacher_views: Any = None
 
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """input_ids, attention_mask, labels [B, T], and pixel_values [n, 3, S, S] or image_features [n, P, D_v].
 
         A batch of text alone brings one blank image, so that every batch uses every trained parameter.
@@ -158,7 +159,7 @@ class Collator:
             input_ids[i, :n] = torch.tensor(example["input_ids"])
             attention_mask[i, :n] = 1
             labels[i, :n] = torch.tensor(example["labels"])
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         rows = [example["row"] for example in examples if example["row"].image is not None]
         if self.features is not None:
             known = [self.features[row.image] for row in rows if row.image]
@@ -166,6 +167,8 @@ class Collator:
                 batch["image_features"] = torch.stack(known or [torch.zeros_like(next(iter(self.features.values())))])
         else:
             batch["pixel_values"] = torch.stack([self.images.pixels(row) for row in rows] or [self.images.blank()])
+        if self.teacher_views is not None:
+            batch["teacher_view"] = self.teacher_views(examples)
         return batch
 
 

@@ -38,7 +38,10 @@ from distill.work_folder import SETTINGS_FILE, check_output, kept_if_resumable, 
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def train(config: DistillConfig, console: Console | None = None) -> Path:
+FIT_IMAGES = 512  # images whose visual tokens fit the maps between teacher and student
+
+
+def train(config: DistillConfig, console: Console | None = None, prepare: Any = None) -> Path:
     """Run the training that ``config`` describes and return the new checkpoint directory.
 
     Raises:
@@ -70,7 +73,17 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
     with kept_if_resumable(config.work, console):
         trainer = DistillTrainer(module, config, dataset, collator, console)
         begun = time.monotonic()
-        collator.features = known_features(module, rows, images, config.cache_mb << 20)  # on the trainer's device
+        known = config.data.parent / "features.pt"
+        if known.is_file():
+            collator.features = torch.load(known, weights_only=False)
+        else:
+            collator.features = known_features(module, rows, images, config.cache_mb << 20)  # on the trainer's device
+            torch.save(collator.features, known)
+        if config.adapter_init == "fit" and collator.features is not None:
+            some = torch.stack(list(collator.features.values())[:FIT_IMAGES])
+            module.fit_visual_maps(some.to(trainer.args.device))
+        if prepare is not None:
+            prepare(module, dataset, collator)
         write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
         trainer.train(resume_from_checkpoint=last_checkpoint(config.work))
         _finish(trainer, config, processing, len(rows), time.monotonic() - begun)
