@@ -165,10 +165,10 @@ def run(arm: Arm, seed: int, flags: argparse.Namespace, work: Path) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arms", default=";".join(ARMS), help="names, separated by semicolons")
-    parser.add_argument("--seeds", default="1,2,3,4,5")
+    parser.add_argument("--seeds", default="2,3,4,5,6")
     parser.add_argument("--scenes", type=int, default=600)
     parser.add_argument("--per-family", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--training-sets", type=int, default=10)
