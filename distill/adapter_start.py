@@ -23,7 +23,8 @@ def fit_visual_maps(module: AlignKD, dataset: LlavaDataset, collator: Collator) 
     The fit is one pass: the normal equations are summed up batch by batch in float64, so that memory does not grow with
     the number of images, and a small ridge keeps them solvable where tokens span fewer directions than they have.
     """
-    if module.visual_map is None and module.student_map is None:
+    trained = [m for m in (module.visual_map, module.student_map) if m is not None and m.weight.requires_grad]
+    if not trained:  # the published code leaves its maps at random
         return 0
     rows = dataset.rows.with_image.nonzero()[0][:IMAGES].tolist()
     device = module.student.device
@@ -41,7 +42,7 @@ def fit_visual_maps(module: AlignKD, dataset: LlavaDataset, collator: Collator) 
     if not used:
         return 0
     for linear, found in ((module.visual_map, sums["theirs"]), (module.student_map, sums["ours"])):
-        if linear is not None and linear.weight.requires_grad:  # the published code leaves its maps at random
+        if linear in trained:
             found.solve_into(linear)
     return used
 

@@ -17,7 +17,6 @@ from distill.cache_parts import NEEDS, demands, stored_as
 from distill.config import CacheStorage, DistillConfig
 from distill.conversation import Row
 from distill.data import encode_row, room_for_ids
-from distill.lora import add_lora
 from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
@@ -28,7 +27,7 @@ from distill.rows import IndexedRows, read_rows
 from distill.teacher import DTYPES, chosen_processing
 from distill.teacher_identity import processing_identity
 from distill.teacher_view import TeacherShape
-from distill.trainer import term_settings
+from distill.trainer import make_module
 
 SAMPLED_ROWS = 200  # rows whose length is looked at, evenly spread
 BYTES_PER_WEIGHT = {None: None, "8": 1.0, "4": 0.5}  # of a quantized matrix, scales aside
@@ -134,19 +133,7 @@ def meta_module(config: DistillConfig) -> AlignKD:
         teacher = open_checkpoint(config.teacher)[0]
         nn.Module.to(teacher, dtype=DTYPES[config.teacher_dtype])
     with torch.device("meta"):
-        module = AlignKD(
-            student,
-            teacher,
-            config.term_weights,
-            term_settings(config),
-            config.freeze_tower,
-            config.learned_balance,
-            config.seed,
-            recorded_teacher=recorded,
-        )
-        if config.lora.rank:
-            add_lora(student, config.lora)
-    return module
+        return make_module(config, student, teacher, recorded=recorded)
 
 
 def planned_steps(config: DistillConfig, rows: int, gpus: int) -> tuple[int, int]:

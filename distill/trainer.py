@@ -31,6 +31,7 @@ from distill.lora import FOLDER as LORA_FOLDER
 from distill.lora import add_lora, save_lora
 from distill.model_card import RunFacts, render_card
 from distill.models import load_vlm
+from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
 from distill.parameter_groups import STUDENT
@@ -39,6 +40,7 @@ from distill.ranks import Ranks
 from distill.rows import IndexedRows, open_rows
 from distill.stop_signals import Stopped, StopSignals
 from distill.teacher import chosen_processing, open_teacher, place_teacher
+from distill.teacher_view import TeacherShape
 from distill.tracking import trackers
 from distill.training_loop import DistillTrainer, training_arguments
 from distill.work_folder import (
@@ -122,19 +124,7 @@ def _open(
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
     recording = open_recording(config, student, processing, dataset, console)
-    module = AlignKD(
-        student,
-        teacher,
-        config.term_weights,
-        term_settings(config),
-        config.freeze_tower,
-        config.learned_balance,
-        config.seed,
-        same_pictures,
-        None if recording is None else recording.shape,
-    )
-    if config.lora.rank:
-        add_lora(student, config.lora)
+    module = make_module(config, student, teacher, same_pictures, None if recording is None else recording.shape)
     if config.gradient_checkpointing:
         student.language_model.activation_checkpointing_enable({"use_reentrant": False})
     budget = (config.cache_mb << 20) // (1 if same_pictures else 2)
@@ -194,6 +184,30 @@ def _trainer(
             soft_wrap=True,
         )
     return trainer
+
+
+def make_module(
+    config: DistillConfig,
+    student: MobileVlm,
+    teacher: MobileVlm | None,
+    same_pictures: bool = True,
+    recorded: TeacherShape | None = None,
+) -> AlignKD:
+    """The module that the settings train, low-rank updates included."""
+    module = AlignKD(
+        student,
+        teacher,
+        config.term_weights,
+        term_settings(config),
+        config.freeze_tower,
+        config.learned_balance,
+        config.seed,
+        same_pictures,
+        recorded,
+    )
+    if config.lora.rank:
+        add_lora(student, config.lora)
+    return module
 
 
 def term_settings(config: DistillConfig) -> TermSettings:
