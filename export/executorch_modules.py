@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+import math
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,6 +35,24 @@ def weight_sharing_copy(vlm: MobileVlm) -> MobileVlm:
     return twin
 
 
+class TanhGelu(nn.Module):
+    """GELU by tanh, as 0.5 (1 + tanh u) = sigmoid(2 u): XNNPACK takes gelu's ``approximate="tanh"`` for the exact one.
+
+    Seen with ExecuTorch 1.4.1, whose GeluVisitor drops the argument: visual tokens of a SigLIP off by 1.6e-4.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(TWO_ROOT_TWO_OVER_PI * x * (1 + 0.044715 * (x * x)))
+
+
+TWO_ROOT_TWO_OVER_PI = 2 * math.sqrt(2 / math.pi)
+
+
+def activation_of(name: str) -> nn.Module:
+    """An activation by its name in configs."""
+    return TanhGelu() if name == "gelu_pytorch_tanh" else ACT2FN[name]
+
+
 class VisionEncoder(nn.Module):
     """pixel_values [1, 3, S, S] float32 -> visual tokens [1, N, D]."""
 
@@ -44,7 +63,8 @@ class VisionEncoder(nn.Module):
         self.embeddings = tower.embeddings
         self.pre_norm = tower.pre_layrnorm if self.has_class_token else nn.Identity()
         self.layers = nn.ModuleList(VisionLayer(layer) for layer in tower.encoder.layers)
-        self.projector = vlm.projector
+        self.projector: Any = vlm.projector
+        self.activation = activation_of(vlm.config.projector_activation)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The tower up to the selected layers, then the projector."""
@@ -56,7 +76,11 @@ class VisionEncoder(nn.Module):
         features = selected_features(self.config, states, list(self.layers))  # [1, P, D_v]
         if isinstance(self.projector, LDPv2):
             return self._pooled(self.projector, features)
-        return cast(torch.Tensor, self.projector(features))  # linear layers, patch by patch
+        first, *others = self.projector.linears  # LLaVA's: patch by patch
+        tokens = first(features)  # [1, P, D]
+        for linear in others:
+            tokens = linear(self.activation(tokens))
+        return cast(torch.Tensor, tokens)
 
     def _pooled(self, projector: LDPv2, features: torch.Tensor) -> torch.Tensor:
         grid = self.config.patch_grid
@@ -77,7 +101,7 @@ class VisionLayer(nn.Module):
     def __init__(self, source: CLIPEncoderLayer | SiglipEncoderLayer) -> None:
         super().__init__()
         self.source = source
-        self.activation = ACT2FN[source.mlp.config.hidden_act]
+        self.activation = activation_of(source.mlp.config.hidden_act)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         states = states + self._attend(self.source.self_attn, self.source.layer_norm1(states))
@@ -150,7 +174,7 @@ class TextLayer(nn.Module):
         config = source.self_attn.config
         self.heads, self.width = config.num_attention_heads, source.self_attn.head_dim
         self.kv_heads = config.num_key_value_heads or self.heads
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = activation_of(config.hidden_act)
         rows = (1, context_length, self.kv_heads, self.width)
         self.k_cache, self.v_cache = (nn.Buffer(torch.zeros(rows), persistent=False) for _ in range(2))
 
