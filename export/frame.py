@@ -75,7 +75,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     skeleton, _ = open_checkpoint(job.checkpoint)
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
     context_length = _context_length(job, skeleton, questions)
-    check_supported(job.checkpoint, skeleton, processing, context_length)
+    check_supported(job.checkpoint, skeleton, processing, context_length, job.target)
     shapes = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
     check_room(job.target, job.output, shapes, job.precision, model_shape(skeleton, context_length), len(questions))
     source = source_of(job.checkpoint)

@@ -96,7 +96,7 @@ def genai_config(
     return {
         "model": {
             "type": CARRIER,
-            "bos_token_id": request.bos_id,
+            **({} if request.bos_id is None else {"bos_token_id": request.bos_id}),
             "eos_token_id": list(request.eos_ids),
             "pad_token_id": request.eos_ids[0],
             "image_token_id": request.vlm.image_token_id,

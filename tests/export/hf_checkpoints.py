@@ -30,15 +30,17 @@ QWEN_SPLIT = (
 
 
 def llama_tokenizer(chat: str = VICUNA) -> PreTrainedTokenizerFast:
-    """BPE over metaspace words, with <s> first."""
+    """BPE over metaspace, no piece across words, with <s> first; written as LLaMA 2's: no words are split apart."""
     special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    pieces = special + [f"<0x{byte:02X}>" for byte in range(256)]
+    backend.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=400, special_tokens=pieces))
+    backend.pre_tokenizer = None  # type: ignore[assignment]
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
     ])  # fmt: skip
-    pieces = special + [f"<0x{byte:02X}>" for byte in range(256)]
-    backend.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=400, special_tokens=pieces))
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
