@@ -34,7 +34,7 @@ from distill.models.processing import read_processing
 from distill.settings.recording import CacheConfig, CacheStorage
 from distill.settings.terms import DIVERGENCE_TERMS, TermSettings, TermWeights
 from distill.settings.training import DistillConfig
-from distill.teacher_cache.choice import open_cache, recording_command
+from distill.teacher_cache.choice import CacheSearch, recording_command
 from distill.teacher_cache.identity import checkpoint_sha256
 from distill.teacher_cache.image_digests import ImageDigests
 from distill.teacher_cache.parts import NEEDS
@@ -91,7 +91,8 @@ def examples_of(config: DistillConfig) -> tuple[list[Example], Collator, MobileV
     examples = [dataset[i] for i in range(len(dataset))]
     collator = Collator(processing.tokenizer.pad_id, ImageStore(processing.image, 1 << 30))
     if config.cache is not None:
-        collator.recording = open_cache(config, student, processing, examples)
+        search = CacheSearch(config, student, processing)
+        collator.recording = search.chosen(search.lacking(examples))
     return examples, collator, student
 
 
