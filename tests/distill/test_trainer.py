@@ -105,6 +105,9 @@ def test_a_resumed_run_is_the_straight_run(
         with pytest.raises(KeyboardInterrupt):
             train(broken)
     assert not broken.output.exists() and (broken.work / "checkpoint-3").is_dir()
+    monkeypatch.setattr(
+        "distill.training.run.fit_visual_maps", lambda *_: pytest.fail("the checkpoint brings the maps")
+    )
     resumed = weights(train(replace(broken, resume=True)))
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
@@ -175,6 +178,12 @@ def test_features_are_kept_only_where_one_frozen_tower_sees_all(
     features = known_features(module, rows, images, 1 << 30)
     assert features is not None and set(features) == {row.image for row in rows if row.image}
     assert next(iter(features.values())).shape == (24 * 24, 32)
+    shares = [known_features(module, rows, images, 1 << 30, share=(number, 2)) for number in (0, 1)]
+    assert [len(share or {}) for share in shares] == [2, 2]
+    for share in shares:
+        for image, values in (share or {}).items():
+            torch.testing.assert_close(values, features.pop(image))
+    assert not features
     assert known_features(module, rows, images, 1000) is None
     with torch.no_grad():
         next(teacher.vision_tower.parameters()).add_(1)
