@@ -21,6 +21,9 @@ from tests.export.hf_checkpoints import KINDS, SIZE, VARIANTS, write_checkpoint
 CASES = {f"{text} {tower}": (text, tower, {}) for text, tower in KINDS} | {
     name: case for name, case in VARIANTS.items() if "chat" not in case[2]
 }
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+CASES |= {"yarn": ("qwen2", "clip_vision_model", {"text_changes": {"rope_parameters": YARN}})}
+CASES |= {"heads of 24": ("llama", "clip_vision_model", {"text_changes": {"head_dim": 24}})}
 CONTEXT, PREFILL = 64, 11
 
 
