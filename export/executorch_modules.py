@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import cast
 
 import torch
@@ -13,18 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from distill.models.mobilevlm import MobileVlm
 from distill.models.projector import LDPv2
-
-
-def weight_sharing_copy(vlm: MobileVlm) -> MobileVlm:
-    """A second module tree over the same weight tensors, without the tower layers that the projector never reads.
-
-    Replacing a weight of the copy (as quantization does) leaves ``vlm`` as it was, and costs no memory until then.
-    """
-    shared = {id(tensor): tensor for tensor in (*vlm.parameters(), *vlm.buffers())}
-    twin = copy.deepcopy(vlm, shared)
-    twin.vision_tower.encoder.layers = twin.vision_tower.encoder.layers[: twin.config.tower_layers]
-    del twin.vision_tower.post_layernorm
-    return twin
 
 
 class VisionEncoder(nn.Module):
@@ -93,8 +80,9 @@ class VisionLayer(nn.Module):
 class TokenEmbedding(nn.Module):
     """input_ids [1, T] int64 -> embeddings [1, T, D]."""
 
-    def __init__(self, vlm: MobileVlm) -> None:
+    def __init__(self, vlm: MobileVlm, context_length: int) -> None:
         super().__init__()
+        self.context_length = context_length
         self.embed_tokens = vlm.language_model.embed_tokens
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -112,7 +100,7 @@ class TextDecoder(nn.Module):
 
     def __init__(self, vlm: MobileVlm, context_length: int) -> None:
         super().__init__()
-        self.context_length = context_length
+        self.context_length, self.width = context_length, vlm.config.text_config.hidden_size
         layers = (cast(LlamaDecoderLayer, layer) for layer in vlm.language_model.layers)
         self.layers = nn.ModuleList(TextLayer(layer, context_length) for layer in layers)
         self.norm = vlm.language_model.norm
