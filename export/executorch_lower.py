@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from bundle.errors import missing_extra
-from bundle.manifest import GraphName
+from bundle.manifest import Backend, GraphName, Precision
 from export.executorch_modules import TextDecoder, TokenEmbedding, VisionEncoder
 
 Constants = Mapping[str, int | bool | list[int]]
@@ -46,22 +47,29 @@ def traced(module: VisionEncoder | TokenEmbedding | TextDecoder, image_size: int
     return torch.export.export(module, (rows, start), dynamic_shapes=({1: length}, None), strict=False)
 
 
-def lower(name: GraphName, program: torch.export.ExportedProgram, constants: Constants, path: Path) -> None:
+def lower(
+    name: GraphName, program: torch.export.ExportedProgram, constants: Constants, partitioners: list[Any], path: Path
+) -> None:
     """Write ``path``: the program as method ``name``, and the constant methods.
 
     Args:
+        partitioners: what takes the parts of the graph that a backend computes, in turn.
         constants: method -> what it answers; runners ask for them.
     """
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
-    edge = to_edge_transform_and_lower(
-        {name: program},
-        partitioner={name: partitioners(name)},
-        constant_methods=dict(constants),
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-    )
+    logging.disable(logging.WARNING)  # partitioners tell of every operator that they take
+    try:
+        edge = to_edge_transform_and_lower(
+            {name: program},
+            partitioner={name: partitioners},
+            constant_methods=dict(constants),
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     whole = edge.to_executorch(
         ExecutorchBackendConfig(
             extract_delegate_segments=True,
@@ -74,8 +82,49 @@ def lower(name: GraphName, program: torch.export.ExportedProgram, constants: Con
         whole.write_to_file(file)
 
 
-def partitioners(name: GraphName) -> list[Any]:
-    """What takes the parts of a graph that a backend computes; a table lookup is left to the plain kernels."""
+def backend_of(name: GraphName, asked: Backend) -> Backend | None:
+    """What computes a graph when ``asked`` is the backend of the export; None is plain kernels.
+
+    The embedding is a table lookup, which needs none. The decoder stays on XNNPACK: Core ML's runtime refuses keys and
+    values that it was lowered with (pytorch/executorch issue 21855, open with 1.4.1), and Vulkan's passes fail on a
+    start position that is read from a tensor.
+    """
+    if name == "token_embedding":
+        return None
+    return "xnnpack" if name == "text_decoder" else asked
+
+
+def partitioners_of(backend: Backend | None, precision: Precision) -> list[Any]:
+    """The partitioners of a backend.
+
+    Raises:
+        UsageError: the package that lowers to it is not installed.
+    """
+    if backend is None:
+        return []
+    return {"xnnpack": _xnnpack, "coreml": _coreml, "vulkan": _vulkan}[backend](precision)
+
+
+def _xnnpack(precision: Precision) -> list[Any]:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    return [] if name == "token_embedding" else [XnnpackPartitioner()]
+    return [XnnpackPartitioner()]
+
+
+def _coreml(precision: Precision) -> list[Any]:
+    """iOS 18's ML program, which has int8 weights by channel and the Neural Engine's float16."""
+    try:
+        coremltools = import_module("coremltools")
+        compiler = import_module("executorch.backends.apple.coreml.compiler").CoreMLBackend
+        partitioner = import_module("executorch.backends.apple.coreml.partition").CoreMLPartitioner
+    except ModuleNotFoundError as error:
+        raise missing_extra((error.name or "coremltools").split(".")[0], "coreml") from error
+    kind = coremltools.precision.FLOAT32 if precision == "fp32" else coremltools.precision.FLOAT16
+    specs = compiler.generate_compile_specs(minimum_deployment_target=coremltools.target.iOS18, compute_precision=kind)
+    return [partitioner(compile_specs=specs)]
+
+
+def _vulkan(precision: Precision) -> list[Any]:
+    from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
+
+    return [VulkanPartitioner({"force_fp16": precision != "fp32"})]

@@ -40,11 +40,18 @@ class HalfLinear(nn.Module):
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The model's weights by their state-dict names, lazy or not, and how each is stored."""
+    """The model's weights by their state-dict names, lazy or not, and how each is stored.
+
+    Attributes:
+        dynamic: matrices are multiplied as XNNPACK does it: activations rounded to int8 per token where the weights are
+            integers, to float16 where they are halves. Else the graph multiplies in float and its backend, which has
+            one type for all, rounds as it likes.
+    """
 
     weights: Mapping[str, torch.Tensor]
     plan: StoragePlan
     meter: Meter
+    dynamic: bool = True
 
 
 def empty_twin(vlm: MobileVlm) -> MobileVlm:
@@ -62,7 +69,7 @@ def empty_twin(vlm: MobileVlm) -> MobileVlm:
 
 def fill(twin: MobileVlm, graph: GraphName, source: WeightSource) -> dict[str, Stored]:
     """Give the modules of one graph their weights -> what of them the file will hold in another form than float32."""
-    if source.plan.precision == "fp16":
+    if source.plan.precision == "fp16" and source.dynamic:
         for name, module in list(twin.named_modules()):
             if isinstance(module, nn.Linear):
                 twin.set_submodule(name, HalfLinear(module))
@@ -88,10 +95,11 @@ def _stored_form(
     matrix = isinstance(module, nn.Linear) or name == EMBEDDING  # not the table of positions
     if isinstance(module, HalfLinear) or (matrix and storage.bits == 16):
         half = value.half()
-        return half, StoredHalves(key=key_of(half_bytes(half)), shape=tuple(half.shape))
+        kept = half if source.dynamic else half.float()
+        return kept, StoredHalves(key=key_of(half_bytes(half)), shape=tuple(half.shape))
     if not matrix or storage.bits in (16, 32):  # convolutions stay float32 at every precision
         return value, None
-    packed = integers(value, storage, dynamic=isinstance(module, nn.Linear))
+    packed = integers(value, storage, dynamic=source.dynamic and isinstance(module, nn.Linear))
     levels, scales = integer_bytes(packed.qdata, packed.scale, storage)
     record = StoredIntegers(
         key=key_of(levels),

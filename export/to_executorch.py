@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision, Tensor
-from export.contract import ExportedGraphs, ExportRequest
+from export.contract import ExportedGraphs, ExportRequest, JoinedWeights, LazyWeights
 from export.dequantized import StoragePlan
-from export.executorch_lower import load_operators, lower, traced
+from export.executorch_lower import backend_of, load_operators, lower, partitioners_of, traced
 from export.executorch_merge import merge
 from export.executorch_modules import TextDecoder, TokenEmbedding, VisionEncoder
-from export.executorch_quantize import WeightSource, empty_twin, fill
+from export.executorch_quantize import QuantizedAgain, WeightSource, empty_twin, fill
 from export.executorch_stored import Stored, StoredWeights
 from export.graph_weights import graph_of
-from export.meter import Meter
+from export.meter import Meter, waiting
 from export.recipe import fallbacks
 from export.room import release_free_memory
 
 FILE = "model.pte"
 GRAPHS: tuple[GraphName, ...] = ("token_embedding", "vision_encoder", "text_decoder")
+LOWERING_PER_TRACING = 20  # times longer, at 1.7B
 STORED = TypeAdapter(dict[str, Stored])
 
 
@@ -46,7 +49,7 @@ def export_executorch(request: ExportRequest) -> ExportedGraphs:
     if not any(note["file"] == FILE for note in finished.values()):
         for name in GRAPHS:
             if name not in finished:
-                stored |= _write_part(request, name)
+                stored |= write_part(request, name)
         parts = [request.output / _part(name) for name in GRAPHS]
         merge(parts, whole)
         for name in GRAPHS:
@@ -55,10 +58,24 @@ def export_executorch(request: ExportRequest) -> ExportedGraphs:
         for part in parts:
             part.unlink()
         request.progress(f"{FILE} written")
-    return ExportedGraphs(_graphs(request), _quantization(request), StoredWeights(whole, stored))
+    return ExportedGraphs(_graphs(request), _quantization(request), _held(request, whole, stored))
 
 
-def _write_part(request: ExportRequest, name: GraphName) -> dict[str, Stored]:
+def _held(request: ExportRequest, file: Path, stored: dict[str, Stored]) -> LazyWeights:
+    """Weights of graphs on XNNPACK as the file holds them; of others, whose data is the backend's own, made anew."""
+    ours = {name for name in stored if _is_readable(request, graph_of(name, request.vlm))}
+    read = StoredWeights(file, {name: stored[name] for name in ours})
+    others = {name: record for name, record in stored.items() if name not in ours}
+    if not others:
+        return read
+    return JoinedWeights(read, QuantizedAgain(source_of(request, "vision_encoder"), others))
+
+
+def _is_readable(request: ExportRequest, graph: GraphName | None) -> bool:
+    return graph is not None and backend_of(graph, request.executorch.backend) in (None, "xnnpack")
+
+
+def write_part(request: ExportRequest, name: GraphName) -> dict[str, Stored]:
     """Quantize, trace and lower one graph into a .pte of its own -> what it holds."""
     source = source_of(request, name)
     said = name.replace("_", " ")
@@ -67,14 +84,18 @@ def _write_part(request: ExportRequest, name: GraphName) -> dict[str, Stored]:
         twin = empty_twin(request.vlm)
         stored = fill(twin, name, source)
         request.progress(f"{said}: weights at {request.precision}")
+        start = time.monotonic()
         program = traced(_module(twin, name, request.context_length), _sizes(request)[1])
         del twin
         request.progress(f"{said}: traced, {len(program.graph.nodes)} operators")
-        lower(name, program, _constants(request) if name == "token_embedding" else {}, request.output / _part(name))
+        constants = _constants(request) if name == "token_embedding" else {}
+        partitioners = partitioners_of(backend_of(name, request.executorch.backend), request.precision)
+        with waiting(f"{said}: lowering", LOWERING_PER_TRACING * (time.monotonic() - start), request.progress):
+            lower(name, program, constants, partitioners, request.output / _part(name))
     del program
     gc.collect()  # graphs refer to themselves
     release_free_memory()
-    request.progress(f"{said}: lowered to XNNPACK")
+    request.progress(f"{said}: lowered to {backend_of(name, request.executorch.backend) or 'plain kernels'}")
     _finish(request, name, _part(name), stored)
     return stored
 
@@ -86,10 +107,12 @@ def _part(name: GraphName) -> str:
 def source_of(request: ExportRequest, name: GraphName) -> WeightSource:
     """The weights of one graph, and how they are stored."""
     vlm = request.vlm
-    values = sum(math.prod(weight.shape) for key, weight in vlm.state_dict().items() if graph_of(key, vlm) == name)
+    shapes = {key: tuple(weight.shape) for key, weight in vlm.state_dict().items()}
+    values = sum(math.prod(shape) for key, shape in shapes.items() if graph_of(key, vlm) == name)
     return WeightSource(
         weights=vlm.state_dict() if request.weights is None else request.weights,
-        plan=StoragePlan("executorch", request.precision),
+        plan=StoragePlan("executorch", request.precision, request.executorch.storages(shapes, request.precision)),
+        dynamic=_is_readable(request, name),
         meter=Meter(f"{name.replace('_', ' ')}: weights quantized", values, request.progress),
     )
 
@@ -150,7 +173,7 @@ QUANTIZATION: dict[Precision, dict[GraphName, GraphQuantization]] = {
 
 def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     """The table's row, with the number of decoder matrices whose width the group does not divide."""
-    row = dict(QUANTIZATION[request.precision])
+    row = QUANTIZATION[request.precision] | {"vision_encoder": _vision(request)}
     shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
     odd = fallbacks(shapes, request.precision)
     if odd:
@@ -158,6 +181,17 @@ def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
         weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"
         row["text_decoder"] = decoder.model_copy(update={"weights": weights})
     return row
+
+
+def _vision(request: ExportRequest) -> GraphQuantization:
+    backend, precision = request.executorch.backend, request.precision
+    if precision == "fp32" or request.executorch.float_vision:
+        return PLAIN
+    if backend == "xnnpack":
+        return QUANTIZATION[precision]["vision_encoder"]
+    if backend == "coreml" and precision != "fp16":
+        return GraphQuantization(weights="int8 symmetric", activations="float16")
+    return GraphQuantization(weights="float16", activations="float16")
 
 
 def _sizes(request: ExportRequest) -> tuple[Any, Any]:
@@ -172,6 +206,7 @@ def _graphs(request: ExportRequest) -> dict[GraphName, Graph]:
         "vision_encoder": Graph(
             path=FILE,
             method="vision_encoder",
+            backend=backend_of("vision_encoder", request.executorch.backend),
             inputs=(Tensor(name="pixel_values", dtype="float32", shape=(1, 3, size, size)),),
             outputs=(
                 Tensor(name="visual_tokens", dtype="float32", shape=(1, request.vlm.config.visual_tokens, width)),
@@ -180,12 +215,14 @@ def _graphs(request: ExportRequest) -> dict[GraphName, Graph]:
         "token_embedding": Graph(
             path=FILE,
             method="token_embedding",
+            backend=backend_of("token_embedding", request.executorch.backend),
             inputs=(Tensor(name="input_ids", dtype="int64", shape=(1, None)),),
             outputs=(Tensor(name="embeddings", dtype="float32", shape=(1, None, width)),),
         ),
         "text_decoder": Graph(
             path=FILE,
             method="text_decoder",
+            backend=backend_of("text_decoder", request.executorch.backend),
             inputs=(
                 Tensor(name="inputs_embeds", dtype="float32", shape=(1, None, width)),
                 Tensor(name="start_position", dtype="int64", shape=(1,)),

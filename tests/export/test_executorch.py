@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sentencepiece import SentencePieceProcessor
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from bundle.errors import UsageError
@@ -34,6 +31,7 @@ from export.shape import model_shape
 from export.to_executorch import export_executorch
 from tests.export.conftest import STUDENT
 from tests.export.models import random_vlm
+from tests.export.stock_runner import pieces_of, stock_answer
 
 TOKENIZER = STUDENT / "tokenizer.model"
 VOCABULARY, CONTEXT, PIXELS, VISUAL_TOKENS = 512, 48, 112, 9
@@ -360,34 +358,9 @@ def test_runtime_names_the_missing_extra(fp32: Exported, monkeypatch: pytest.Mon
     assert engine.available() == "executorch is not installed; run: pip install 'alignkd[executorch]'"
 
 
-# In a process of its own: the runner brings a second copy of XNNPACK, and prints what it generates.
-STOCK_RUNNER = """
-import json, sys
-import executorch.extension.llm.custom_ops.custom_ops, executorch.kernels.quantized
-import torch
-from executorch.extension.llm.runner import GenerationConfig, MultimodalRunner, make_image_input, make_token_input
-from safetensors.torch import load_file
-pte, tokenizer, image, before, after, new_tokens = sys.argv[1:]
-runner, pieces = MultimodalRunner(pte, tokenizer), []
-pixels = make_image_input(load_file(image)["pixels"])
-inputs = [make_token_input(json.loads(before)), pixels, make_token_input(json.loads(after))]
-config = GenerationConfig(max_new_tokens=int(new_tokens), temperature=0.0, echo=False, num_bos=0)
-runner.generate(inputs, config, token_callback=pieces.append)
-print()
-print(json.dumps(pieces))
-"""
-
-
 def test_executorchs_own_runner_gives_the_same_tokens(int4: Exported, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     before, after, new_tokens = [1, 40, 7, 300], [9, 21, 22, 23], 12
-    save_file({"pixels": pixels_of()}, tmp_path / "image.safetensors")
-    arguments = [int4.pte, TOKENIZER, tmp_path / "image.safetensors", json.dumps(before), json.dumps(after), new_tokens]
-    ran = subprocess.run(
-        [sys.executable, "-c", STOCK_RUNNER, *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    answered = stock_answer(int4.pte, TOKENIZER, pixels_of(), before, after, new_tokens, tmp_path)
     with int4.opened() as runtime:
         text = runtime.embed(np.array([before + after]))
         visual = runtime.encode_image(pixels_of().numpy())
@@ -396,7 +369,6 @@ def test_executorchs_own_runner_gives_the_same_tokens(int4: Exported, tmp_path: 
         for _ in range(new_tokens):
             ids.append(int(logits.argmax()))
             logits = runtime.decode(runtime.embed(np.array([ids[-1:]])))
-    processor = SentencePieceProcessor(model_file=str(TOKENIZER))
     assert len(set(ids)) > 3  # a runner that says one token for ever proves nothing
     assert not {1, 2, 5} & set(ids)  # BOS and EOS have no text
-    assert json.loads(ran.stdout.splitlines()[-1]) == [processor.id_to_piece(i).replace("\u2581", " ") for i in ids]
+    assert answered == pieces_of(TOKENIZER, ids)
