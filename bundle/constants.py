@@ -100,29 +100,12 @@ def _coreml(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _executorch(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        program_of = import_module("executorch.exir._serialize._flatbuffer_program")._flatbuffer_to_program
-        header_of = import_module("executorch.exir._serialize._program")._get_extended_header
-    except ModuleNotFoundError as error:
-        raise missing_extra((error.name or "executorch").split(".")[0], "executorch") from error
+    from bundle.pte import open_pte
+
+    opened = open_pte(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        header = header_of(whole[:64])
-        program = program_of(whole[: header.program_size])
-
-        def segment(index: int) -> tuple[int, int]:
-            start = header.segment_base_offset + program.segments[index].offset
-            return start, start + program.segments[index].size
-
-        for entry in program.named_data:
-            start, end = segment(entry.segment_index)
-            yield entry.key, whole[start:end]
-        shared = program.constant_segment
-        if shared is None or not shared.offsets:
-            return
-        start, end = segment(shared.segment_index)
-        bounds = [start + offset for offset in shared.offsets] + [end]
-        for index, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            yield f"constant_segment.{index}", whole[first:last]
+        for key, start, end in opened.constants():
+            yield key, whole[start:end]
 
 
 READERS: dict[Target, Callable[[Path], Iterator[tuple[str, Any]]]] = {

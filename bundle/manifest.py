@@ -16,6 +16,7 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 
 Target = Literal["onnx", "executorch", "coreml"]
+Backend = Literal["xnnpack", "coreml", "vulkan"]
 Precision = Literal["int4", "int8", "fp16", "fp32"]
 GraphName = Literal["vision_encoder", "token_embedding", "text_decoder"]
 Stage = Literal["prompt", "pixels", "visual_tokens", "embeddings", "first_logits", "greedy_tokens"]
@@ -52,6 +53,10 @@ class Graph(Frozen):
 
     path: str = Field(description="file, or .mlpackage folder, relative to the bundle")
     method: str | None = Field(default=None, description="entry point, where one file holds several (ExecuTorch)")
+    backend: Backend | None = Field(
+        default=None,
+        description="what it was lowered to, where a target has several (ExecuTorch)",
+    )
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     states: tuple[Tensor, ...] = ()

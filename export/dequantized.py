@@ -1,9 +1,9 @@
 """Weights that the files hold, and the checkpoint's -> nothing, or the first value that rounding does not explain.
 
-Each target has its own way back from its files: our packer's inverse over the ONNX data file, torchao's dequantize for
-ExecuTorch, the decompressed constants of weight.bin for Core ML. What comes back is held against the checkpoint here by
-one rule for all of them, which knows nothing of packing: how far rounding to nearest at the recipe's width can move a
-value. A scale of the wrong block, a transposed or shifted matrix cannot pass.
+Each target has its own way back from its files: our packer's inverse over the ONNX data file, levels and scales of the
+.pte for ExecuTorch, the decompressed constants of weight.bin for Core ML. What comes back is held against the checkpoint
+here by one rule for all of them, which knows nothing of packing: how far rounding to nearest at the recipe's width can
+move a value. A scale of the wrong block, a transposed or shifted matrix cannot pass.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ STEP_LIMITS: dict[Bits, float] = {4: 2.0, 8: 1.5}
 HALF_REST: frozenset[tuple[Target, Precision]] = frozenset(
     {("coreml", "int4"), ("coreml", "int8"), ("coreml", "fp16"), ("executorch", "fp16")}
 )
-# Targets that store a weight in other steps than the recipe: ExecuTorch's head goes with the decoder's linears.
-OWN_STORAGE: dict[tuple[Target, Precision, str], Storage] = {("executorch", "int4", "lm_head.weight"): Storage(4, 32)}
 STAGE_OF: tuple[tuple[str, Stage], ...] = (
     ("vision_tower.", "visual_tokens"),
     ("projector.", "visual_tokens"),
@@ -54,13 +52,10 @@ class StoragePlan:
     overrides: Mapping[str, Storage] = field(default_factory=dict)
 
     def storage(self, name: str, shape: tuple[int, ...]) -> Storage:
-        """The recipe's answer, the target's own exceptions, and float16 where the target writes the rest so."""
+        """The recipe's answer, or the override, and float16 where the target writes the rest so."""
         if name in self.overrides:
             return self.overrides[name]
         storage = storage_of(name, shape, self.precision)
-        own = OWN_STORAGE.get((self.target, self.precision, name))
-        if own is not None and own.group_size is not None and shape[-1] % own.group_size == 0:
-            return own
         half = storage.bits == 32 and (self.target, self.precision) in HALF_REST
         return Storage(16, None) if half else storage
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bundle.errors import BackendMissingError, UsageError
-from bundle.manifest import Family, Manifest, Target
+from bundle.manifest import Backend, Family, Manifest, Target
 from bundle.processor import host_family
 from bundle.runtimes.contract import Runtime
 
@@ -104,6 +104,24 @@ def no_runtime(target: Target, reasons: dict[str, str]) -> BackendMissingError:
     )
 
 
+# What a graph was lowered to that no runtime of ours has on any host, and where it runs.
+DEVICE_BACKENDS: dict[Backend, str] = {
+    "coreml": "Core ML, which iOS and macOS have",
+    "vulkan": "Vulkan, which Android has",
+}
+
+
+def runs_elsewhere(manifest: Manifest) -> str | None:
+    """Which graph no runtime of ours can run, and where it runs; None when all can be."""
+    for name, graph in manifest.graphs.items():
+        if graph.backend in DEVICE_BACKENDS:
+            return (
+                f"'{name}' is lowered to {DEVICE_BACKENDS[graph.backend]}, and no runtime on this host; replay the "
+                "golden vectors with the app on a device, or export with --backend xnnpack"
+            )
+    return None
+
+
 def first_entry(target: Target, name: str | None = None) -> RuntimeEntry:
     """The first runtime of ``target`` that can run here, or the one called ``name``.
 
@@ -127,4 +145,7 @@ def open_runtime(bundle: Path, manifest: Manifest, threads: int | None = None, n
         UsageError: unknown runtime name.
         BackendMissingError: none of them can run on this host.
     """
+    elsewhere = runs_elsewhere(manifest)
+    if elsewhere is not None:
+        raise BackendMissingError(f"{bundle} cannot be run here: {elsewhere}")
     return first_entry(manifest.target, name).load().open_runtime(bundle, manifest, threads)

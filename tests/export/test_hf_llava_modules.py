@@ -15,7 +15,7 @@ import torch
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from export.coreml_modules import CoreMlDecoder, CoreMlVision
-from export.executorch_modules import TextDecoder, VisionEncoder, weight_sharing_copy
+from export.executorch_modules import TextDecoder, VisionEncoder
 from tests.export.hf_checkpoints import KINDS, SIZE, VARIANTS, write_checkpoint
 
 CASES = {f"{text} {tower}": (text, tower, {}) for text, tower in KINDS} | {
@@ -44,7 +44,7 @@ def rows_and_logits(vlm: MobileVlm) -> tuple[torch.Tensor, torch.Tensor]:
 def test_vision_encoders(vlm: MobileVlm) -> None:
     pixels = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     wanted = vlm.encode_images(pixels)
-    for module in (VisionEncoder(weight_sharing_copy(vlm)), CoreMlVision(vlm)):
+    for module in (VisionEncoder(vlm), CoreMlVision(vlm)):
         torch.testing.assert_close(module(pixels), wanted, atol=2e-5, rtol=2e-5)
 
 

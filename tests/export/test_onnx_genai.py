@@ -13,7 +13,7 @@ import pytest
 from bundle.golden import GoldenCase, Recording, read_golden
 from bundle.manifest import Manifest, read_manifest
 from bundle.prompt import splice, text_ids
-from bundle.runtimes.onnx import open_runtime
+from bundle.runtimes.registry import open_runtime
 from bundle.tokenizer import open_tokenizer
 from export.frame import ExportJob, export_bundle
 from tests.export.conftest import Exported, HfCheckpoint
