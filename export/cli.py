@@ -51,6 +51,8 @@ class ExportConfig:
     """with --target onnx --int4: the embedding table int4 too, half its bytes at ten times its error"""
     fp16_cache: Flag = False
     """with --target onnx at int4 or int8: keys and values as float16, half their memory"""
+    prefix_cache: Flag = False
+    """with --target onnx: ship keys and values of the constant text before the image; no prompt computes them then"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
     json: Flag = False
@@ -124,6 +126,7 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
         config.context_length,
         config.name,
         OnnxOptions(config.int4_embedding, config.fp16_cache),
+        config.prefix_cache,
     )
     manifest = export_bundle(job, progress)
     progress(f"peak memory of this process {peak_memory_bytes() / (1 << 30):.2f} GiB")

@@ -35,6 +35,7 @@ from distill.models.projector import LDP_V2
 from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
+from export.prefix import refuse_prefix, write_prefix
 from export.provenance import environment_of, source_of
 from export.recording import Recorded, record
 from export.room import STREAMED, check_room, release_free_memory
@@ -61,6 +62,7 @@ class ExportJob:
     context_length: int | None = None
     name: str | None = None
     onnx: OnnxOptions = OnnxOptions()
+    prefix_cache: bool = False
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -72,6 +74,8 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
         BackendMissingError: no runtime on this host can replay the target.
     """
     refuse_existing(job.output)
+    if job.prefix_cache:
+        refuse_prefix(job.target)
     exporter = load_exporter(job.target)
     processing = read_processing(job.checkpoint)
     skeleton, _ = open_checkpoint(job.checkpoint)
@@ -108,6 +112,9 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
         progress(f"golden vectors of {len(questions)} questions recorded")
         manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded)
         record_constants(folder, manifest)
+        if job.prefix_cache:
+            manifest = manifest.model_copy(update={"prefix_cache": write_prefix(folder, manifest)})
+            progress("keys and values of the constant prompt written")
         parity = _check(folder, job, manifest)
         progress(f"replayed on {parity.runtime}: every stage within tolerance")
         manifest = manifest.model_copy(update={"parity": parity, "files": file_records(folder)})
@@ -122,6 +129,7 @@ def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, 
         "precision": job.precision,
         "context_length": context_length,
         "onnx": asdict(job.onnx),
+        "prefix_cache": job.prefix_cache,
         "weights_sha256": source.weights_sha256,
         "environment": environment_of(job.target),
     }
@@ -221,10 +229,10 @@ def _check(folder: Path, job: ExportJob, manifest: Manifest) -> Parity:
         VerificationError: the first stage out of tolerance, the kind of fault and what to run next.
     """
     verdict = verdict_of(first_entry(manifest.target), folder, manifest, read_golden(folder, manifest))
-    if verdict.diagnosis is not None:
+    if verdict.problem is not None:
         raise VerificationError(
             f"the {job.target} graphs at {job.precision} do not compute what the model computes on {verdict.runtime}: "
-            f"{verdict.diagnosis}; {job.output} was not written"
+            f"{verdict.problem}; {job.output} was not written"
         )
     return Parity(
         runtime=verdict.runtime,
