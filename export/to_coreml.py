@@ -12,7 +12,7 @@ from bundle.manifest import Graph, GraphName, GraphQuantization, Precision, Tens
 from export.contract import ExportedGraphs, ExportRequest
 from export.coreml_checks import Budget, check_package
 from export.coreml_convert import convert, load_coremltools, quantize, save_package
-from export.coreml_modules import CoreMlDecoder, CoreMlEmbedding, CoreMlVision, refuse_unsupported
+from export.coreml_modules import CoreMlDecoder, CoreMlEmbedding, CoreMlVision
 from export.coreml_weights import flat_name, read_back
 from export.recipe import Storage, storage_of
 
@@ -35,7 +35,7 @@ def export_coreml(request: ExportRequest) -> ExportedGraphs:
     """Write the three packages under ``request.output``, check them, and read their weights back.
 
     Raises:
-        UsageError: coremltools is missing, or the model has a part that the decoder does not compute.
+        UsageError: coremltools is missing.
         VerificationError: a written package is not what was asked for.
     """
     graphs: dict[GraphName, Graph] = {}
@@ -54,7 +54,6 @@ def export_graph(request: ExportRequest, name: GraphName) -> tuple[Graph, GraphQ
     Raises:
         UsageError, VerificationError: as ``export_coreml``.
     """
-    refuse_unsupported(request.vlm)
     load_coremltools()
     weights = request.vlm.state_dict()
     part = PARTS[name](request)
