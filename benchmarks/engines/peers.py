@@ -26,7 +26,7 @@ class Peer:
         label: its row in the table.
         runs_in: where its driver runs.
         converts_in: where ``convert`` runs, the driver's own environment when None.
-        convert: command whose words may hold {python}, {bin}, {llama}, {checkpoint} and {output}; it writes {output}.
+        convert: command that writes {output}; its words may also hold {python}, {packages}, {llama} and {checkpoint}.
         text: what the driver opens for text, in {output}; ``vision`` for pictures, where the peer has an encoder.
         options: of the driver; {output} is filled in.
     """
@@ -95,8 +95,8 @@ PEERS: dict[str, Peer] = {
         runs_in=MNN,
         converts_in=MNN_CONVERT,
         convert=(
-            *("{bin}/llmexport", "--path", "{llama}", "--dst_path", "{output}", "--export", "mnn"),
-            *("--quant_bit", "4", "--quant_block", "32", "--sym"),
+            *("{python}", "{packages}/llmexport/llmexport.py", "--path", "{llama}", "--dst_path", "{output}"),
+            *("--export", "mnn", "--quant_bit", "4", "--quant_block", "32", "--sym"),
         ),
         driver="mnn_engine.py",
         text=".",

@@ -70,15 +70,15 @@ class Cache:
         """
         python = self.environment(peer.runs_in)
         output = self.folder / "converted" / name
-        converter = python if peer.converts_in is None else None
-        if converter is None and not _is_of(output, checkpoint):
-            assert peer.converts_in is not None
-            converter = self.environment(peer.converts_in)
-        if converter is not None:
-            words = {"python": str(converter), "bin": str(converter.parent), "checkpoint": str(checkpoint)}
-            if not _is_of(output, checkpoint):
-                words["llama"] = str(self.llama(checkpoint))
-                self._convert([fill(word, words) for word in peer.convert], output, checkpoint)
+        if not _is_of(output, checkpoint):
+            converter = python if peer.converts_in is None else self.environment(peer.converts_in)
+            words = {
+                "python": str(converter),
+                "packages": str(next(converter.parents[1].glob("lib/python3*/site-packages"))),
+                "checkpoint": str(checkpoint),
+                "llama": str(self.llama(checkpoint)),
+            }
+            self._convert([fill(word, words) for word in peer.convert], output, checkpoint)
         return Prepared(peer, python, output)
 
     def _convert(self, command: list[str], output: Path, checkpoint: Path) -> None:
