@@ -150,6 +150,15 @@ class Golden(Frozen):
     quantization_tolerances: dict[Stage, float] = Field(description="of quantization_error")
 
 
+class PrefixCache(Frozen):
+    """Keys and values of the text that every prompt begins with, computed at export by the bundle's own decoder."""
+
+    path: str = Field(description="safetensors: every past_key_values.* of the decoder, [1, kv_heads, rows, head_dim]")
+    token_ids: tuple[int, ...] = Field(
+        description="one per row; a prompt that begins with the first n of them may start with n rows in its cache"
+    )
+
+
 class Source(Frozen):
     """The checkpoint that the bundle was made of."""
 
@@ -175,6 +184,7 @@ class Manifest(Frozen):
     prompt: PromptSpec
     tokenizer: TokenizerSpec
     golden: Golden
+    prefix_cache: PrefixCache | None = None
     parity: Parity | None = None
     files: dict[str, FileRecord]
 
@@ -234,6 +244,7 @@ def _check_names(bundle: Path, manifest: Manifest) -> None:
     named = [graph.path for graph in manifest.graphs.values()]
     golden = manifest.golden
     named += [manifest.tokenizer.path, golden.cases, golden.constants, *golden.vectors.values()]
+    named += [] if manifest.prefix_cache is None else [manifest.prefix_cache.path]
     for name in [*manifest.files, *named]:
         inside(bundle, name, "manifest path")
 

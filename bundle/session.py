@@ -15,6 +15,7 @@ from PIL import Image
 from bundle.errors import UsageError, VerificationError
 from bundle.image import open_image, preprocess
 from bundle.manifest import Manifest, read_manifest
+from bundle.prefix import known_rows
 from bundle.prompt import build_prompt, clean_answer, splice, text_ids
 from bundle.runtimes.contract import Floats, Runtime
 from bundle.runtimes.registry import open_runtime
@@ -33,10 +34,11 @@ class StageTimes:
         preprocess_ms: image file -> pixels, and question -> prompt ids.
         vision_encode_ms: pixels -> visual tokens.
         embed_ms: prompt ids -> embeddings, visual tokens spliced in.
-        prefill_ms: the decoder's first call, on the whole prompt.
+        prefill_ms: the decoder's first call, on the prompt less what the prefix cache knows.
         first_token_ms: from the call to the first token's id; contains the four above.
         decode_ms: all later decoder calls, embedding included: ``new_tokens - 1`` of them.
-        prompt_tokens: rows the decoder was prefilled with, visual tokens included.
+        prompt_tokens: rows of the prompt, visual tokens included.
+        known_tokens: of these, rows that came from the bundle's prefix cache and were not computed.
         new_tokens: tokens generated, an EOS included.
     """
 
@@ -47,6 +49,7 @@ class StageTimes:
     first_token_ms: float = 0.0
     decode_ms: float = 0.0
     prompt_tokens: int = 0
+    known_tokens: int = 0
     new_tokens: int = 0
 
 
@@ -126,9 +129,9 @@ class Vlm:
             raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         start = time.perf_counter()
         rows = self._prompt_rows(run.times, image, question)  # [1, L, D]
-        self.runtime.reset()
         before = time.perf_counter()
-        token = int(self.runtime.decode(rows).argmax())
+        self.runtime.reset(run.times.known_tokens)
+        token = int(self.runtime.decode(rows[:, run.times.known_tokens :]).argmax())
         run.times.prefill_ms = _ms_since(before)
         run.times.first_token_ms = _ms_since(start)
         while True:
@@ -154,6 +157,7 @@ class Vlm:
         text = text_ids(prompt.token_ids, image_id)
         times.prompt_tokens = len(text) + (self.manifest.model.visual_tokens if image is not None else 0)
         self._check_context(times.prompt_tokens)
+        times.known_tokens = known_rows(self.manifest, prompt.token_ids)
         pixels = None if image is None else preprocess(open_image(image), self.manifest.image)  # [1, 3, S, S]
         times.preprocess_ms = _ms_since(start)
         visual = None

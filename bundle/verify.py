@@ -13,6 +13,7 @@ from bundle.diagnosis import Diagnosis, StageResult, diagnose
 from bundle.errors import BackendMissingError, UsageError
 from bundle.golden import Recording, read_golden
 from bundle.manifest import STAGES, Family, Manifest, Stage, check_files, read_manifest
+from bundle.prefix_check import PrefixCheck, check_prefix
 from bundle.replay import Measured, Replay, quantization_errors, replay
 from bundle.runtimes.registry import RuntimeEntry, no_runtime, runs_elsewhere, runtime_entries
 
@@ -25,6 +26,7 @@ class Verdict:
         family: whose tolerances were used.
         agreed: of ``rows`` decoder rows those whose most likely token is the checkpoint's in float32.
         diagnosis: of the first bad stage; None when there is none.
+        prefix: of bundles that have a prefix cache.
     """
 
     runtime: str
@@ -34,6 +36,14 @@ class Verdict:
     agreed: int
     rows: int
     diagnosis: Diagnosis | None
+    prefix: PrefixCheck | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """What is out of tolerance, in one line, or None."""
+        if self.diagnosis is not None:
+            return str(self.diagnosis)
+        return None if self.prefix is None or self.prefix.ok else f"{self.prefix}; export the bundle again"
 
     @property
     def first_bad(self) -> StageResult | None:
@@ -105,11 +115,19 @@ def verdict_of(
     runtime = entry.load().open_runtime(bundle, manifest, None)
     try:
         found = replay(runtime, manifest, recording, tolerances)
+        prefix = check_prefix(runtime, manifest, recording, tolerances["first_logits"])
     finally:
         runtime.close()
     stages = _results(manifest, found, quantization_errors(recording), tolerances, tolerance_scale)
     return Verdict(
-        runtime.name, runtime.covers, family, stages, found.agreed, found.rows, diagnose(stages, bundle, manifest)
+        runtime.name,
+        runtime.covers,
+        family,
+        stages,
+        found.agreed,
+        found.rows,
+        diagnose(stages, bundle, manifest),
+        prefix,
     )
 
 

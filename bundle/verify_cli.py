@@ -125,12 +125,14 @@ def _print_verdict(bundle: Path, verdict: Verdict) -> None:
             f"  cause: {found.cause}",
             f"  next:  {found.next_step}",
         ]
+    if verdict.prefix is not None:
+        lines.append(str(verdict.prefix) + ("" if verdict.prefix.ok else ": out of tolerance"))
     for line in lines:
         console.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def _problem(bundle: Path, verdicts: list[Verdict]) -> str | None:
-    bad = [f"{verdict.diagnosis} (on {verdict.runtime})" for verdict in verdicts if verdict.diagnosis is not None]
+    bad = [f"{verdict.problem} (on {verdict.runtime})" for verdict in verdicts if verdict.problem is not None]
     if not bad:
         return None
     return f"{bundle} does not compute what was recorded at export: {'; '.join(bad)}"
@@ -146,9 +148,10 @@ def _as_json(bundle: Path, verdicts: list[Verdict], skipped: list[Skipped], prob
                 "runtime": verdict.runtime,
                 "covers": verdict.covers,
                 "family": verdict.family,
-                "ok": verdict.first_bad is None,
+                "ok": verdict.problem is None,
                 "first_bad_stage": verdict.first_bad.stage if verdict.first_bad else None,
                 "diagnosis": asdict(verdict.diagnosis) if verdict.diagnosis else None,
+                "prefix_cache": asdict(verdict.prefix) if verdict.prefix else None,
                 "tokens_agreed": verdict.agreed,
                 "tokens_compared": verdict.rows,
                 "stages": [_stage_json(result) for result in verdict.stages],

@@ -57,6 +57,8 @@ class ExportConfig:
     """with --target executorch: what computes the vision encoder; the decoder stays on XNNPACK (default: xnnpack)"""
     float_vision: Flag = False
     """with --target executorch at int4 or int8 on XNNPACK: the vision encoder's matrices as float32, not int8"""
+    prefix_cache: Flag = False
+    """with --target onnx: ship keys and values of the constant text before the image; no prompt computes them then"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
     json: Flag = False
@@ -146,6 +148,7 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
         config.name,
         OnnxOptions(config.int4_embedding, config.fp16_cache),
         ExecutorchOptions(_known_backend(config.backend), config.float_vision),
+        config.prefix_cache,
     )
     manifest = export_bundle(job, progress)
     progress(f"peak memory of this process {peak_memory_bytes() / (1 << 30):.2f} GiB")

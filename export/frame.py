@@ -34,6 +34,7 @@ from distill.models.processing import Processing, read_processing
 from export.contract import ExecutorchOptions, ExportedGraphs, ExportRequest, OnnxOptions
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
+from export.prefix import refuse_prefix, write_prefix
 from export.provenance import environment_of, source_of
 from export.recording import Recorded, record
 from export.room import STREAMED, check_room, release_free_memory
@@ -60,6 +61,7 @@ class ExportJob:
     name: str | None = None
     onnx: OnnxOptions = OnnxOptions()
     executorch: ExecutorchOptions = ExecutorchOptions()
+    prefix_cache: bool = False
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -71,6 +73,8 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
         BackendMissingError: no runtime on this host can replay the target.
     """
     refuse_existing(job.output)
+    if job.prefix_cache:
+        refuse_prefix(job.target)
     exporter = load_exporter(job.target)
     processing = read_processing(job.checkpoint)
     skeleton, _ = open_checkpoint(job.checkpoint)
@@ -106,6 +110,9 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
         progress(f"golden vectors of {len(questions)} questions recorded")
         manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded)
         record_constants(folder, manifest)
+        if job.prefix_cache:
+            manifest = manifest.model_copy(update={"prefix_cache": write_prefix(folder, manifest)})
+            progress("keys and values of the constant prompt written")
         elsewhere = runs_elsewhere(manifest)
         parity = None if elsewhere else _check(folder, job, manifest)
         progress(
@@ -126,6 +133,7 @@ def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, 
         "context_length": context_length,
         "onnx": asdict(job.onnx),
         "executorch": asdict(job.executorch),
+        "prefix_cache": job.prefix_cache,
         "weights_sha256": source.weights_sha256,
         "environment": environment_of(job.target),
     }
@@ -195,10 +203,10 @@ def _check(folder: Path, job: ExportJob, manifest: Manifest) -> Parity:
         VerificationError: the first stage out of tolerance, the kind of fault and what to run next.
     """
     verdict = verdict_of(first_entry(manifest.target), folder, manifest, read_golden(folder, manifest))
-    if verdict.diagnosis is not None:
+    if verdict.problem is not None:
         raise VerificationError(
             f"the {job.target} graphs at {job.precision} do not compute what the model computes on {verdict.runtime}: "
-            f"{verdict.diagnosis}; {job.output} was not written"
+            f"{verdict.problem}; {job.output} was not written"
         )
     return Parity(
         runtime=verdict.runtime,

@@ -31,15 +31,21 @@ def token_linear(
         _constant(writer, "token_zero_point", np.uint8(ZERO_POINT)),
         _constant(writer, "token_unit", np.float32(1)),
     )
-    levels = writer.op("QuantizeLinear", [writer.op("Div", [x, token_scales]), one, zero])  # [1, T, K]
+    # a scale per row inside the operator: dividing before it would write all of x once more
+    row_scales = writer.op("Reshape", [token_scales, _constant(writer, "token_flat", np.array([-1]))])  # [T]
+    one_zero = _constant(writer, "token_zero_points", np.array([ZERO_POINT], np.uint8))
+    zeros = writer.op("Expand", [one_zero, writer.op("Shape", [row_scales])])  # [T]
+    levels = writer.op("QuantizeLinear", [x, row_scales, zeros], axis=1)  # [1, T, K]
     product = writer.op("MatMulIntegerToFloat", [levels, matrix, one, channel_scales, zero], None, MICROSOFT)
     scaled = writer.op("Mul", [product, token_scales], output if bias is None else None)  # [1, T, N]
     return scaled if bias is None else writer.op("Add", [scaled, bias], output)
 
 
 def _token_scales(writer: ModelWriter, x: str) -> str:
+    """Largest magnitude of each row over the levels; of two reductions, for an Abs writes all of x once more."""
     axis = _constant(writer, "token_last_axis", np.array([-1], np.int64))
-    largest = writer.op("ReduceMax", [writer.op("Abs", [x]), axis], keepdims=1)  # [1, T, 1]
+    top, bottom = (writer.op(reduction, [x, axis], keepdims=1) for reduction in ("ReduceMax", "ReduceMin"))
+    largest = writer.op("Max", [top, writer.op("Neg", [bottom])])  # [1, T, 1]
     scales = writer.op("Mul", [largest, _constant(writer, "token_per_level", np.float32(1 / LEVELS))])
     return writer.op("Max", [scales, _constant(writer, "token_tiny", np.float32(TINY))])
 

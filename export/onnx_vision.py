@@ -93,15 +93,13 @@ def _norm(writer: ModelWriter, config: VisionConfig, x: str, name: str) -> str:
 def _add_and_norm(
     writer: ModelWriter, config: VisionConfig, residual: str, update: str, bias: str, norm: str
 ) -> tuple[str, str]:
-    """Add ``update`` and its bias to the residual stream -> (its layer norm, the new residual stream)."""
-    normed, _, _, total = writer.node(
-        "SkipLayerNormalization",
-        [residual, update, writer.vector(f"{norm}.weight"), writer.vector(f"{norm}.bias"), writer.vector(bias)],
-        [f"{norm}_normed", "", "", f"{norm}_residual"],
-        MICROSOFT,
-        epsilon=config.layer_norm_eps,
-    )
-    return normed, total
+    """Add ``update`` and its bias to the residual stream -> (its layer norm, the new residual stream).
+
+    Not SkipLayerNormalization, which does it all at once: 3.0 ms on [577, 1024] against 1.1 for these three
+    (onnxruntime 1.32, one AVX-512 thread of a busy machine, CPU time).
+    """
+    total = writer.op("Add", [residual, writer.op("Add", [update, writer.vector(bias)])])
+    return _norm(writer, config, total, norm), total
 
 
 def _attention(writer: ModelWriter, config: VisionConfig, block: str, normed: str) -> str:

@@ -14,7 +14,7 @@ from onnx import helper
 Array = NDArray[Any]
 
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators: MatMulNBits, GroupQueryAttention, ...
-OPSETS = (helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1))
+OPSETS = (helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1))
 IR_VERSION = 10
 INLINE_BYTES = 1024  # smaller constants stay in the graph file, so that shape inference sees them
 ALIGN_BYTES = 4096  # a page: runtimes map external data straight from the file

@@ -122,6 +122,7 @@ def measure_bundle(bundle: Path, settings: MeasureSettings) -> Row:
             repeats=settings.repeats,
             load_repeats=settings.load_repeats,
             prompt_tokens=response.prompt_tokens,
+            known_tokens=response.known_tokens,
             visual_tokens=manifest.model.visual_tokens,
             new_tokens=settings.new_tokens,
             image=PICTURE,

@@ -47,6 +47,7 @@ class ProbeResponse(BaseModel):
     runtime: str = ""
     covers: str = ""
     prompt_tokens: int = 0
+    known_tokens: int = 0
     cold: bool = False
     samples: dict[Quantity, tuple[float, ...]] = {}
     memory: Memory | None = None
@@ -87,6 +88,7 @@ def probe(request: ProbeRequest) -> ProbeResponse:
         runtime=runtime.name,
         covers=runtime.covers,
         prompt_tokens=work.prompt_tokens,
+        known_tokens=work.known_tokens,
         cold=cold,
         samples={quantity: tuple(values) for quantity, values in samples.items()},
         memory=memory,

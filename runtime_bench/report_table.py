@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from runtime_bench.joined import Line, all_benchmarks, shared_benchmarks
-from runtime_bench.result import Quantity
+from runtime_bench.result import Quantity, Row
 
 DASH = "–"
 EMULATED = "†"
@@ -73,6 +73,7 @@ def _notes(lines: Sequence[Line], benchmarks: Sequence[str], shared: Sequence[st
     if any(cell is None for line in lines for cell in (line.run, line.scores or None)):
         notes.append(f"{DASH} not measured (alignkd-bench run gives speed, alignkd-bench accuracy gives scores).")
     notes += [_emulated_note(line) for line in lines if line.emulated]
+    notes += [note for line in lines if line.run is not None and (note := _prefix_note(line.label, line.run))]
     if "mme" in benchmarks:
         notes.append("MME is the perception score (0 to 2000); it counts as MME / 20 in the mean.")
     partial = sorted(
@@ -83,6 +84,17 @@ def _notes(lines: Sequence[Line], benchmarks: Sequence[str], shared: Sequence[st
     if len(shared) > 1 and len(shared) < len(benchmarks):
         notes.append(f"The mean is over the benchmarks that every scored bundle has: {', '.join(shared)}.")
     return notes
+
+
+def _prefix_note(label: str, run: Row) -> str | None:
+    """What the bundle's prefix cache is worth."""
+    cached, whole = run.median("ttft_ms"), run.median("ttft_whole_prefill_ms")
+    if cached is None or whole is None or run.settings is None:
+        return None
+    return (
+        f"{label}: {run.settings.known_tokens} of {run.settings.prompt_tokens} prompt rows come from its prefix cache; "
+        f"TTFT {number(cached)} ms instead of {number(whole)} ({whole / cached:.2f}x)."
+    )
 
 
 def _emulated_note(line: Line) -> str:

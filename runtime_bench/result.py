@@ -27,6 +27,7 @@ Quantity = Literal[
     "prefill_ms",
     "first_token_ms",
     "ttft_ms",
+    "ttft_whole_prefill_ms",
     "decode_ms_per_token",
     "prefill_tokens_per_s",
     "decode_tokens_per_s",
@@ -85,6 +86,7 @@ class Settings(Part):
     repeats: int
     load_repeats: int
     prompt_tokens: int = Field(description="rows of the prefill, visual tokens included")
+    known_tokens: int = Field(default=0, description="of these, rows that the bundle's prefix cache holds")
     visual_tokens: int
     new_tokens: int = Field(description="tokens made per repeat, the first one included")
     image: str = Field(description="the picture that was preprocessed and encoded")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
+CacheRows = NDArray[Any]  # [1, kv_heads, rows, head_dim], float32 or float16
 
 
 class Runtime(Protocol):
@@ -30,8 +31,8 @@ class Runtime(Protocol):
     def decode(self, inputs_embeds: Floats) -> Floats:
         """Append inputs_embeds [1, T, D] to the KV cache -> logits of the last row [V]."""
 
-    def reset(self) -> None:
-        """Empty the KV cache."""
+    def reset(self, prefix_rows: int = 0) -> None:
+        """Empty the KV cache, down to so many rows of the bundle's prefix cache; no bundle without one asks for any."""
 
     def close(self) -> None:
         """Release the engine's memory."""

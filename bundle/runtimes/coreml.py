@@ -103,7 +103,8 @@ class CoreMlRuntime:
         self._position = end
         return logits[0, 0]
 
-    def reset(self) -> None:
+    def reset(self, prefix_rows: int = 0) -> None:
+        assert prefix_rows == 0  # these bundles have no prefix cache
         self._position = 0
         self._state = self._models["text_decoder"].make_state()
 

@@ -92,7 +92,8 @@ class CoreMlInterpreter:
         self._position = end
         return out["logits"][0, 0]
 
-    def reset(self) -> None:
+    def reset(self, prefix_rows: int = 0) -> None:
+        assert prefix_rows == 0  # these bundles have no prefix cache
         self._position = 0  # rows behind it are overwritten before they are read
 
     def close(self) -> None:

@@ -114,7 +114,8 @@ class ExecuTorchRuntime:
         self._position = end
         return logits[0]
 
-    def reset(self) -> None:
+    def reset(self, prefix_rows: int = 0) -> None:
+        assert prefix_rows == 0  # these bundles have no prefix cache
         # attention reads rows 0 .. position only, and every row is written before it is read
         self._position = 0
 

@@ -73,7 +73,7 @@ class NumpyRuntime:
             self.rows += 1
         return self._through(step, np.tanh(self.state) @ self.head)
 
-    def reset(self) -> None:
+    def reset(self, prefix_rows: int = 0) -> None:
         self.state, self.rows = np.zeros(WIDTH, dtype=np.float32), 0
 
     def close(self) -> None:

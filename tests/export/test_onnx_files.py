@@ -59,7 +59,7 @@ def test_graphs_pass_the_checker_and_the_manifest_describes_them(
 def test_the_decoder_is_fused(exported: Exported) -> None:
     found = operators(exported("onnx", "int4"), "text_decoder")
     assert found["GroupQueryAttention"] == LAYERS
-    assert found["SkipSimplifiedLayerNormalization"] == 2 * LAYERS + 1
+    assert found["RMSNormalization"] == 2 * LAYERS + 1
     assert found["MatMulNBits"] == 5 * LAYERS + 1  # qkv, o, gate, up, down, and lm_head
     assert found["MatMul"] == found["Softmax"] == found["Transpose"] == 0
 

@@ -34,7 +34,7 @@ def written(folder: Path, options: OnnxOptions, precision: Precision = "int4") -
 
 
 def opened(folder: Path, graphs: ExportedGraphs) -> OnnxRuntime:
-    manifest = SimpleNamespace(model=model_shape(random_vlm(), CONTEXT), graphs=graphs.graphs)
+    manifest = SimpleNamespace(model=model_shape(random_vlm(), CONTEXT), graphs=graphs.graphs, prefix_cache=None)
     runtime = open_runtime(folder, manifest, threads=1)  # type: ignore[arg-type]
     assert isinstance(runtime, OnnxRuntime)
     return runtime

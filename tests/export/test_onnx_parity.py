@@ -37,7 +37,7 @@ def opened(vlm: MobileVlm, precision: Precision, folder: Path) -> tuple[Runtime,
     state = {name: weight.clone() for name, weight in vlm.state_dict().items()} | dict(written.dequantized)
     twin = MobileVlm(vlm.config).eval()
     twin.load_state_dict(state)
-    manifest = SimpleNamespace(model=model_shape(vlm, CONTEXT), graphs=written.graphs)
+    manifest = SimpleNamespace(model=model_shape(vlm, CONTEXT), graphs=written.graphs, prefix_cache=None)
     return open_runtime(folder, manifest, threads=1), twin  # type: ignore[arg-type]
 
 

@@ -91,9 +91,9 @@ class CountingRuntime:
         self.log.append(f"decode {inputs_embeds.shape[1]}")
         return np.eye(1, self._vocab_size, 7, dtype=np.float32)[0]
 
-    def reset(self) -> None:
+    def reset(self, prefix_rows: int = 0) -> None:
         self._rows = 0
-        self.log.append("reset")
+        self.log.append(f"reset to {prefix_rows}" if prefix_rows else "reset")
 
     def close(self) -> None:
         self.log.append("close")

@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bench_rows import CONTEXT, TOKENIZER_MODEL, VISUAL_TOKENS, CountingRuntime, manifest_of
 
 from bundle.errors import AlignKDError, BackendMissingError, UsageError, VerificationError
-from bundle.manifest import MANIFEST_FILE, Manifest
+from bundle.manifest import MANIFEST_FILE, Manifest, PrefixCache
 from bundle.runtimes import registry
 from bundle.staging import sha256_of
 from bundle.tokenizer import Tokenizer, open_tokenizer
@@ -21,6 +22,7 @@ from runtime_bench.measure import MeasureSettings, check_bundle, choose_runtime,
 from runtime_bench.memory import parse_status, read_memory
 from runtime_bench.pages import cached_pages, drop_pages
 from runtime_bench.probe import ProbeRequest, probe
+from runtime_bench.report_table import _prefix_note
 from runtime_bench.result import Row
 from runtime_bench.workload import make_picture, make_workload, run_once
 
@@ -64,6 +66,29 @@ def test_one_repeat_does_exactly_the_work_it_reports(manifest: Manifest, tokeniz
     assert (times["first_token_ms"], times["ttft_ms"]) == (1.0, 6.0)
     assert times["prefill_tokens_per_s"] == pytest.approx(1000 * work.prompt_tokens)
     assert (times["decode_ms_per_token"], times["decode_tokens_per_s"]) == (0.5, 2000.0)  # two steps in one tick
+
+
+def test_a_prefix_cache_saves_its_rows_and_the_whole_prefill_is_measured_too(
+    manifest: Manifest, tokenizer: Tokenizer
+) -> None:
+    ids = make_workload(manifest, tokenizer).token_ids
+    known = ids[: ids.index(manifest.tokenizer.image_token_id)]
+    with_cache = manifest.model_copy(update={"prefix_cache": PrefixCache(path="p", token_ids=known)})
+    log: list[str] = []
+    work = make_workload(with_cache, tokenizer, new_tokens=2)
+    times = run_once(CountingRuntime(VOCABULARY, log), with_cache, tokenizer, work, ticking())
+    assert work.known_tokens == len(known) > 5
+    rows = work.prompt_tokens - len(known)
+    assert log[0] == f"reset to {len(known)}" and log.index(f"decode {rows}") < log.index("decode 1")
+    assert log[-2:] == ["reset", f"decode {work.prompt_tokens}"]
+    assert times["prefill_tokens_per_s"] == rows / 1e-3
+    assert times["ttft_whole_prefill_ms"] == times["ttft_ms"]  # each took one tick of this clock
+
+    settings = SimpleNamespace(known_tokens=len(known), prompt_tokens=work.prompt_tokens)
+    medians = {"ttft_ms": 200.0, "ttft_whole_prefill_ms": 300.0}
+    note = _prefix_note("b", SimpleNamespace(settings=settings, median=medians.get))  # type: ignore[arg-type]
+    assert note is not None and note.endswith("TTFT 200.0 ms instead of 300.0 (1.50x).")
+    assert f"{len(known)} of {work.prompt_tokens} prompt rows" in note
 
 
 def test_stages_sum_to_the_time_to_first_token(manifest: Manifest, tokenizer: Tokenizer) -> None:

@@ -93,7 +93,7 @@ class ScriptedRuntime:
         self.said += 1
         return logits
 
-    def reset(self) -> None:
+    def reset(self, prefix_rows: int = 0) -> None:
         self.rows = self.said = 0
 
     def close(self) -> None:

@@ -1,0 +1,1 @@
+"""What benchmarks/engines.py is made of: peers and their environments, conversions, drivers, the table."""

@@ -1,0 +1,42 @@
+"""Driver of alignkd's own bundles, on the runtime that alignkd-bench and alignkd-verify open them with."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from protocol import Job, run_driver
+
+from bundle.manifest import read_manifest
+from bundle.runtimes.registry import open_runtime
+
+
+class BundleEngine:
+    """A bundle on its first runtime of this host; all three graphs are open, whatever the part."""
+
+    def __init__(self, job: Job) -> None:
+        folder = Path(job.model)
+        self._runtime = open_runtime(folder, read_manifest(folder), job.threads)
+        self.name = self._runtime.name
+
+    def encode(self, pixels: np.ndarray) -> float:
+        start = time.perf_counter()
+        self._runtime.encode_image(pixels)
+        return time.perf_counter() - start
+
+    def answer(self, ids: list[int], new_tokens: int) -> tuple[float, float]:
+        self._runtime.reset()
+        start = time.perf_counter()
+        token = self._next(ids)
+        prefilled = time.perf_counter()
+        for _ in range(new_tokens):
+            token = self._next([token])
+        return prefilled - start, time.perf_counter() - prefilled
+
+    def _next(self, ids: list[int]) -> int:
+        return int(self._runtime.decode(self._runtime.embed(np.array([ids], np.int64))).argmax())
+
+
+if __name__ == "__main__":
+    run_driver(BundleEngine)
