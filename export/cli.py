@@ -33,7 +33,7 @@ class ExportConfig:
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """directory with config.json, *.safetensors and tokenizer.model, by alignkd-distill or MobileVLM V2 as published"""
-    target: Annotated[str, tyro.conf.arg(metavar="{executorch,coreml,onnx}")]
+    target: Annotated[str, tyro.conf.arg(metavar="{executorch,coreml,onnx,coreai}")]
     """which runtime the graphs are for"""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """the bundle's directory; must not exist"""

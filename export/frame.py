@@ -33,6 +33,7 @@ from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.projector import LDP_V2
 from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
+from export.coreai_stock import write_stock_files
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.provenance import environment_of, source_of
@@ -107,6 +108,9 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
         release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
         manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded)
+        if job.target == "coreai":
+            patch_size = manifest.image.size // skeleton.config.patch_grid
+            write_stock_files(folder, manifest, processing.tokenizer_path, patch_size)
         record_constants(folder, manifest)
         parity = _check(folder, job, manifest)
         progress(f"replayed on {parity.runtime}: every stage within tolerance")
