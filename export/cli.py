@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from bundle.errors import UsageError, missing_extra, run_command
-from bundle.manifest import Precision, Target
+from bundle.manifest import Engine, Precision, Target
 from export.targets import known_target
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class ExportConfig:
     """with --target onnx --int4: the embedding table int4 too, half its bytes at ten times its error"""
     fp16_cache: Flag = False
     """with --target onnx at int4 or int8: keys and values as float16, half their memory"""
+    engine: Annotated[Engine | None, tyro.conf.arg(metavar="{gpu,ane}")] = None
+    """with --target coreml: gpu (the default) has dynamic sizes; ane is laid out for the Neural Engine, int4 as tables"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
     json: Flag = False
@@ -75,6 +77,7 @@ def export(config: ExportConfig) -> int:
     """Run one export and print where the bundle lies."""
     target, precision = known_target(config.target), chosen_precision(config)
     _check_onnx_options(config, target, precision)
+    _check_engine(config, target, precision)
     start = time.monotonic()
     manifest = _run(config, target, precision)
     if config.json:
@@ -102,9 +105,16 @@ def _check_onnx_options(config: ExportConfig, target: Target, precision: Precisi
             )
 
 
+def _check_engine(config: ExportConfig, target: Target, precision: Precision) -> None:
+    if config.engine is not None and target != "coreml":
+        raise UsageError(f"--engine is for --target coreml, not --target {target}; leave it out")
+    if config.engine == "ane" and precision == "fp32":
+        raise UsageError("--engine ane computes in float16 and not at --fp32; use --fp16, or --engine gpu")
+
+
 def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest:
     try:
-        from export.contract import OnnxOptions
+        from export.contract import CoreMlOptions, OnnxOptions
         from export.frame import ExportJob, export_bundle
     except ModuleNotFoundError as error:
         raise missing_extra((error.name or "torch").split(".")[0], target) from error
@@ -124,6 +134,7 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
         config.context_length,
         config.name,
         OnnxOptions(config.int4_embedding, config.fp16_cache),
+        CoreMlOptions(config.engine or "gpu"),
     )
     manifest = export_bundle(job, progress)
     progress(f"peak memory of this process {peak_memory_bytes() / (1 << 30):.2f} GiB")

@@ -32,12 +32,13 @@ from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.models.projector import LDP_V2
-from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
+from export.contract import CoreMlOptions, ExportedGraphs, ExportRequest, OnnxOptions
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.provenance import environment_of, source_of
 from export.recording import Recorded, record
 from export.room import STREAMED, check_room, release_free_memory
+from export.recipe import Storage
 from export.shape import model_shape
 from export.streamed_model import LoadedModel, open_streamed, open_whole
 from export.targets import load_exporter
@@ -61,6 +62,12 @@ class ExportJob:
     context_length: int | None = None
     name: str | None = None
     onnx: OnnxOptions = OnnxOptions()
+    coreml: CoreMlOptions = CoreMlOptions()
+
+    def storages(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Storage]:
+        """Weights that are stored otherwise than the recipe says."""
+        by_engine = self.coreml.storages(shapes, self.precision) if self.target == "coreml" else {}
+        return self.onnx.storages | by_engine
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -100,6 +107,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 weights=model.weights,
                 work=work,
                 onnx=job.onnx,
+                coreml=job.coreml,
             )
         )
         shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
@@ -122,6 +130,7 @@ def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, 
         "precision": job.precision,
         "context_length": context_length,
         "onnx": asdict(job.onnx),
+        "coreml": asdict(job.coreml),
         "weights_sha256": source.weights_sha256,
         "environment": environment_of(job.target),
     }
@@ -180,7 +189,8 @@ def _record(
     folder: Path,
     progress: Callable[[str], None],
 ) -> Recorded:
-    plan = StoragePlan(job.target, job.precision, job.onnx.storages)
+    shapes = {name: tuple(weight.shape) for name, weight in model.vlm.state_dict().items()}
+    plan = StoragePlan(job.target, job.precision, job.storages(shapes))
     try:
         return record(model, dequantized, questions, plan, folder, progress)
     except VerificationError as error:
@@ -210,6 +220,7 @@ def _manifest(
         prompt=processing.prompt,
         tokenizer=processing.tokenizer.model_copy(update={"path": TOKENIZER_FILE}),
         golden=recorded.golden(job.target, job.precision),
+        coreml=exported.coreml,
         files={},
     )
 

@@ -61,7 +61,7 @@ class LoadedModel:
         self._held: set[nn.Module] = set()
         self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}  # what stood in the module before it was filled
         if any(parameter.is_meta for parameter in vlm.parameters()):
-            _make_buffers(vlm)
+            make_buffers(vlm)
             self._hook()
 
     def use(self, changed: Mapping[str, torch.Tensor]) -> None:
@@ -151,7 +151,7 @@ def open_whole(checkpoint: str | Path) -> LoadedModel:
     return LoadedModel(vlm, vlm.state_dict())
 
 
-def _make_buffers(vlm: MobileVlm) -> None:
+def make_buffers(vlm: MobileVlm) -> None:
     """Give values to the buffers that no checkpoint stores: rotary frequencies, positions of the tower."""
     text = vlm.config.text_config
     assert isinstance(text, LlamaConfig), "other decoders are refused before"

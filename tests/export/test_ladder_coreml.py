@@ -10,7 +10,7 @@ import pytest
 
 from bundle.errors import VerificationError
 from bundle.manifest import Manifest
-from bundle.runtimes import coreml_interpreter
+from bundle.runtimes import coreml_inputs
 from bundle.runtimes.mil_graph import block_of
 from bundle.runtimes.mil_proto import DATA_FOLDER, MODEL_FILE, read_spec, weight_path
 from bundle.runtimes.mil_weights import BLOB_METADATA
@@ -54,14 +54,14 @@ def test_a_graph_that_is_driven_wrongly(fault: str, copied: tuple[Path, Manifest
 
 
 def test_a_mask_that_hides_the_first_rows(copied: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
-    causal = coreml_interpreter.causal_mask
+    causal = coreml_inputs.causal_mask
 
     def hiding(position: int, rows: int) -> np.ndarray:
         mask = causal(position, rows).copy()  # [1, 1, rows, position + rows]
         mask[..., 4:, :4] = -1e4
         return mask
 
-    monkeypatch.setattr(coreml_interpreter, "causal_mask", hiding)
+    monkeypatch.setattr(coreml_inputs, "causal_mask", hiding)
     assert ladder.found(ladder.judged(*copied)) == ("first_logits", "graph")
 
 
@@ -99,7 +99,7 @@ def test_one_altered_block_scale_in_the_file(copied: tuple[Path, Manifest]) -> N
     scales.flush()
     verdict = ladder.judged(*copied)
     assert ladder.found(verdict) == ("first_logits", "quantization")
-    assert "language_model_layers_0_mlp_down_proj_weight_to_fp16_quantized.scale" in str(verdict.diagnosis)
+    assert "language_model_layers_0_mlp_down_proj_weight_to_fp16.scale" in str(verdict.diagnosis)
 
 
 @pytest.mark.parametrize("levels", [7, 127])
