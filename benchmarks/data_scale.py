@@ -52,14 +52,14 @@ def write(path: Path, number: int, lines: bool) -> None:
 
 def start(data: Path, index: Path) -> None:
     """Only the imports."""
-    import distill.data
-    import distill.doctor  # noqa: F401
+    import distill.batches.collator
+    import distill.data_doctor.doctor  # noqa: F401
 
 
 def build(data: Path, index: Path) -> None:
     """First opening: the index is built."""
     start(data, index)
-    from distill.rows import read_rows
+    from distill.data.rows import read_rows
 
     read_rows(data, None, index)
 
@@ -67,7 +67,7 @@ def build(data: Path, index: Path) -> None:
 def reopen(data: Path, index: Path) -> None:
     """Opening with the index there, and reading some rows in a random order."""
     start(data, index)
-    from distill.rows import read_rows
+    from distill.data.rows import read_rows
 
     opened = read_rows(data, None, index)
     draws = random.Random(1)
@@ -80,8 +80,8 @@ def order(data: Path, index: Path) -> None:
     start(data, index)
     import numpy as np
 
-    from distill.batch_order import LengthGroupedOrder
-    from distill.rows import read_rows
+    from distill.batches.batch_order import LengthGroupedOrder
+    from distill.data.rows import read_rows
 
     opened = read_rows(data, None, index)
     for _ in LengthGroupedOrder(opened.characters.astype(np.int64), 8, 0, 16):
@@ -91,8 +91,8 @@ def order(data: Path, index: Path) -> None:
 def check(data: Path, index: Path) -> None:
     """alignkd-data check in one process."""
     start(data, index)
-    from distill.doctor import ImageRule, check_data
-    from distill.row_check import LengthRule
+    from distill.data_doctor.doctor import ImageRule, check_data
+    from distill.data_doctor.row_check import LengthRule
 
     report = check_data(data, None, LengthRule(2048, 144), ImageRule(workers=1))
     assert not report.faults

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from distill.align_kd import AlignKD
-from distill.losses import focus_tokens
+from distill.align_kd.module import AlignKD
+from distill.losses.attention import focus_tokens
 from distill.models.mobilevlm import TEXT_KIND, VISION_KIND, Expanded, MobileVlm
 
 TOP_K = 16

@@ -11,12 +11,12 @@ from published_step import TOP_K, published_loss
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from distill.align_kd import AlignKD, TermSettings
-from distill.config import PRESETS
-from distill.losses import log_probabilities
+from distill.align_kd.module import AlignKD
+from distill.losses.divergences import log_probabilities
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from distill.models.roles import look, predicting_rows
-from distill.teacher_view import TeacherView, WholeSides, live_view
+from distill.settings.terms import PRESETS, TermSettings
+from distill.teacher.view import TeacherView, WholeSides, live_view
 
 VOCABULARY, BEFORE_IMAGE, QUESTION, ANSWER = 32_000, 36, 34, 86  # with 144 visual tokens: L = 300, 86 supervised
 POSITIONS = BEFORE_IMAGE + 144 + QUESTION + ANSWER

@@ -21,17 +21,20 @@ import torch
 from rich.console import Console
 
 from bundle.tokenizer import open_tokenizer
-from distill.align_kd import AlignKD
-from distill.cache_choice import open_cache
-from distill.cache_parts import DIVERGENCES
-from distill.config import CacheConfig, CacheStorage, DistillConfig, TermWeights
-from distill.data import Collator, Example, ImageStore, LlavaDataset
-from distill.demo_benchmarks import make_demo
+from distill.align_kd.module import AlignKD
+from distill.batches.collator import Collator
+from distill.batches.dataset import Example, LlavaDataset
+from distill.batches.image_store import ImageStore
+from distill.data.rows import read_rows
+from distill.demo_world.demo_benchmarks import make_demo
 from distill.models import load_vlm
 from distill.models.processing import read_processing
-from distill.record_teacher import record
-from distill.rows import read_rows
-from distill.trainer import train
+from distill.settings.recording import CacheConfig, CacheStorage
+from distill.settings.terms import DIVERGENCE_TERMS, TermWeights
+from distill.settings.training import DistillConfig
+from distill.teacher_cache.choice import open_cache
+from distill.teacher_cache.record import record
+from distill.training.run import train
 from runtime_bench.device import local_device
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +44,8 @@ COLUMNS = (1, 2, 4, 0)
 ATTENTION, HEADS, VISUAL = ("attention_kl",), ("attention",), ("visual", "focus", "normed_visual", "relation")
 # what is stored -> the terms that read it
 CURVE: list[tuple[str, CacheStorage, tuple[str, ...]]] = [
-    *((f"{'all' if words > 1 << 16 else words} words", CacheStorage(words=words), DIVERGENCES) for words in WORDS),
-    ("all words, float32", CacheStorage(words=WORDS[-1], precision="float32"), DIVERGENCES),
+    *((f"{'all' if words > 1 << 16 else words} words", CacheStorage(words=words), DIVERGENCE_TERMS) for words in WORDS),
+    ("all words, float32", CacheStorage(words=WORDS[-1], precision="float32"), DIVERGENCE_TERMS),
     *(
         (f"{columns or 'all'} columns of the head mean", CacheStorage(columns=columns), ATTENTION)
         for columns in COLUMNS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from bundle.errors import UsageError, missing_extra
+from bundle.errors import UsageError
 from bundle.manifest import TokenizerSpec
 from bundle.staging import inside
 
@@ -80,12 +80,10 @@ class TokenizerJson:
     """A tokenizer.json, encoded as transformers does: a template's whole text at once, special tokens by name."""
 
     def __init__(self, path: Path, special_ids: frozenset[int] = frozenset()) -> None:
+        from tokenizers import Tokenizer as Library
+
         try:
-            import tokenizers
-        except ImportError as error:
-            raise missing_extra("tokenizers", "distill") from error
-        try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
+            self._model = Library.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower for a damaged file
             raise UsageError(
                 f"tokenizer {path} cannot be read as a tokenizer.json ({error}); copy it from the checkpoint again"

@@ -11,9 +11,11 @@ from typing import Annotated, Literal
 import tyro
 
 from bundle.errors import UsageError, VerificationError, missing_extra, run_command
-from distill.config import CacheConfig, DistillConfig, InitConfig
-from distill.launch_configs import launch_config, launch_configs, purpose
-from distill.recipe import with_recipe
+from distill.launch.configs import launch_config, launch_configs, purpose
+from distill.settings.fresh_student import InitConfig
+from distill.settings.recipe import with_recipe
+from distill.settings.recording import CacheConfig
+from distill.settings.training import DistillConfig
 
 DESCRIPTION = (
     "Distil a vision-language model with Align-KD (or train it plainly with --losses ce). "
@@ -59,7 +61,7 @@ def distill(
     if planning.dry_run:
         _print_plan(config, planning, json)
         return
-    from distill.trainer import train
+    from distill.training.run import train
 
     output = train(config)
     if not _main_process():
@@ -72,8 +74,8 @@ def distill(
 
 
 def _print_plan(config: DistillConfig, planning: Planning, json: bool) -> None:
-    from distill.plan import make_plan
-    from distill.plan_report import plan_json, plan_lines
+    from distill.plan.plan import make_plan
+    from distill.plan.report import plan_json, plan_lines
 
     plan = make_plan(config, planning.gpus, planning.engine, planning.step_time_s)
     for line in plan_lines(plan, config, planning.verbose):
@@ -122,9 +124,9 @@ def cache(
         json: end with one line of JSON.
     """
     _need_torch()
-    from distill.cache_shards import shard_faults
-    from distill.record_teacher import record
-    from distill.teacher_cache import SHARDS
+    from distill.teacher_cache.cache import SHARDS
+    from distill.teacher_cache.record import record
+    from distill.teacher_cache.shards import shard_faults
 
     if config.verify:
         if not (config.cache / SHARDS).is_dir():

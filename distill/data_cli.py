@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bundle.errors import UsageError, run_command
-from distill.doctor import ImageRule, check_data
-from distill.findings import DataReport, Finding, Findings
-from distill.image_hash import HASH_DISTANCE
-from distill.row_check import LengthRule, checkpoint_encoder
+from distill.data_doctor.doctor import ImageRule, check_data
+from distill.data_doctor.findings import DataReport, Finding, Findings
+from distill.data_doctor.image_hash import HASH_DISTANCE
+from distill.data_doctor.row_check import LengthRule, checkpoint_encoder
 
 DESCRIPTION = "Data for distillation and scoring: make-demo and make-real write it, check finds faulty rows."
 MOST_DISTANCE = 32  # of 128 bits; pictures that have nothing in common differ in about 33 and more
@@ -160,7 +160,7 @@ def make_demo_world(config: MakeDemoConfig) -> int:
     """Write the demo world and print where."""
     if min(config.train_scenes, config.items) < 1:
         raise UsageError("--train-scenes and --items must be at least 1")
-    from distill.demo_benchmarks import make_demo
+    from distill.demo_world.demo_benchmarks import make_demo
 
     made = make_demo(config.output, config.seed, config.train_scenes, config.items)
     items = ", ".join(f"{name} {number}" for name, number in made.benchmarks.items())
@@ -173,7 +173,7 @@ def make_demo_world(config: MakeDemoConfig) -> int:
 
 def make_real_set(config: MakeRealConfig) -> int:
     """Write the real set and print where."""
-    from distill.real_set import make_real
+    from distill.real_set.real_set import make_real
 
     made = make_real(config.output)
     print(f"{made.train} training and {made.test} test questions on {made.pictures} pictures: {made.output}")

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,7 +33,8 @@ class ExportConfig:
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """directory with config.json, *.safetensors and tokenizer.model, by alignkd-distill or MobileVLM V2 as published"""
+    """directory with config.json, *.safetensors and a tokenizer: by alignkd-distill, MobileVLM V2 as published, or a
+    LlavaForConditionalGeneration of LLaMA or Qwen2 with CLIP or SigLIP (docs/models.md)"""
     target: Annotated[str, tyro.conf.arg(metavar="{executorch,coreml,onnx}")]
     """which runtime the graphs are for"""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
@@ -52,7 +54,7 @@ class ExportConfig:
     fp16_cache: Flag = False
     """with --target onnx at int4 or int8: keys and values as float16, half their memory"""
     engine: Annotated[Engine | None, tyro.conf.arg(metavar="{gpu,ane}")] = None
-    """with --target coreml: gpu (the default) has dynamic sizes; ane is laid out for the Neural Engine, int4 as tables"""
+    """with --target coreml: gpu (the default) has dynamic sizes, ane the Neural Engine's layouts, int4 as tables"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
     json: Flag = False
@@ -164,6 +166,6 @@ def _as_json(config: ExportConfig, manifest: Manifest, seconds: float) -> dict[s
     }
 
 
-def main() -> None:
-    """Entry point of alignkd-export."""
-    run_command(lambda: export(tyro.cli(ExportConfig, prog="alignkd-export")))
+def main(arguments: Sequence[str] | None = None, prog: str = "alignkd-export") -> None:
+    """Entry point of alignkd-export, and of the same under another name; None: the process's own arguments."""
+    run_command(lambda: export(tyro.cli(ExportConfig, prog=prog, args=arguments)))

@@ -83,9 +83,9 @@ class ExportRequest:
     vlm: MobileVlm  # float32, evaluation mode; exporters must not change it. On the meta device when streamed
     precision: Precision
     context_length: int  # KV cache rows
-    tokenizer_path: Path  # tokenizer.model of the checkpoint
+    tokenizer_path: Path  # tokenizer.model or tokenizer.json of the checkpoint
     eos_ids: tuple[int, ...]
-    bos_id: int
+    bos_id: int | None  # None: prompts begin with no mark of their own
     output: Path  # write graph files here and nowhere else
     progress: Callable[[str], None]  # one short line per finished step
     weights: Mapping[str, torch.Tensor] | None = None  # lazy, of a streamed model; None: those of ``vlm``

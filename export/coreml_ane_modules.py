@@ -1,4 +1,4 @@
-"""MobileVlm -> the same three graphs for the Neural Engine: static sizes, channels first, 1x1 convolutions, head by head.
+"""MobileVlm -> vision encoder and decoder for the Neural Engine: static sizes, channels first, 1x1 convolutions.
 
 Activations are [1, channels, 1, rows]. Attribute paths repeat MobileVlm's, as in coreml_modules.py; a weight that is
 kept in another layout than the checkpoint's is named in ``layouts``.
@@ -15,10 +15,14 @@ from torch.nn import functional as F
 
 from bundle.errors import UsageError
 from distill.models.mobilevlm import MobileVlm
+from distill.models.parts import CLIP
+from distill.models.projector import LDPv2
 from export.coreml_layout import Layout
+from export.shape import model_shape
 
 UNIT = 32  # float16 values of 64 bytes, in which the engine stores the last axis and wants the sizes of states
 MOST_CHANNELS = 16384  # of a convolution's result
+ROOT_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm")
 MASKED = -1e4  # float16 holds it, and its exponential is 0
 
 
@@ -74,7 +78,7 @@ def channels_first(module: nn.Module) -> nn.Module:
             other = Pointwise(part.weight, part.bias)
         elif isinstance(part, nn.LayerNorm):
             other = ChannelNorm(part)
-        elif type(part).__name__ == "LlamaRMSNorm":
+        elif type(part).__name__ in ROOT_NORMS:
             other = RootNorm(part)
         if other is not None and part is copied:
             return other
@@ -96,42 +100,47 @@ class AneVision(nn.Module):
     def __init__(self, vlm: MobileVlm) -> None:
         super().__init__()
         vision: Any = vlm.config.vision_config
+        self.config, self.has_class_token = vlm.config, vision.model_type == CLIP
         self.grid, self.patch, self.heads = vlm.config.patch_grid, vision.patch_size, vision.num_attention_heads
         self.width, self.patches = vision.hidden_size, vlm.config.patch_grid**2
-        self.padding = -(self.patches + 1) % UNIT
+        self.rows = self.patches + self.has_class_token
+        self.padding = -self.rows % UNIT
         theirs: Any = vlm.vision_tower
         self.vision_tower = nn.Module()
         self.vision_tower.embeddings = self._embeddings(theirs.embeddings)
-        self.vision_tower.pre_layrnorm = channels_first(theirs.pre_layrnorm)
+        if self.has_class_token:
+            self.vision_tower.pre_layrnorm = channels_first(theirs.pre_layrnorm)
         self.vision_tower.encoder = nn.Module()
         read = nn.ModuleList(list(theirs.encoder.layers)[: vlm.config.tower_layers])
         self.vision_tower.encoder.layers = channels_first(read)
         self.projector = channels_first(vlm.projector)
-        mask = torch.zeros(1, 1, 1, self.patches + 1 + self.padding)
-        mask[..., self.patches + 1 :] = MASKED
+        mask = torch.zeros(1, 1, 1, self.rows + self.padding)
+        mask[..., self.rows :] = MASKED
         self.register_buffer("key_mask", mask)
 
     @property
     def layouts(self) -> dict[str, Layout]:
         """Parameter -> where it comes from, unless it is the weight of its own name."""
         table = "vision_tower.embeddings.position_embedding.weight"
-        return {table: Layout(table, channels_first=True)}
+        return {table: Layout(table, channels_first=True, first_last=self.has_class_token)}
 
     def _embeddings(self, theirs: Any) -> Any:
         ours: Any = nn.Module()
-        ours.patch_embedding = Pointwise(theirs.patch_embedding.weight, None)
-        ours.class_embedding = nn.Parameter(theirs.class_embedding.detach().reshape(1, -1, 1, 1))
+        ours.patch_embedding = Pointwise(theirs.patch_embedding.weight, theirs.patch_embedding.bias)
+        if self.has_class_token:
+            ours.class_embedding = nn.Parameter(theirs.class_embedding.detach().reshape(1, -1, 1, 1))
         ours.position_embedding = nn.Module()
-        table = Layout("", channels_first=True).stored(theirs.position_embedding.weight.detach())
-        ours.position_embedding.weight = nn.Parameter(table)  # [1, D_v, 1, P+1]
+        (layout,) = self.layouts.values()
+        ours.position_embedding.weight = nn.Parameter(layout.stored(theirs.position_embedding.weight.detach()))
         return ours
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        hidden = self.embed(pixel_values)  # [1, D_v, 1, S]
+        read = [self.embed(pixel_values)]  # of [1, D_v, 1, S]
         for layer in self.vision_tower.encoder.layers:
-            hidden = hidden + self.attend(layer.self_attn, layer.layer_norm1(hidden))
-            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-        return self.project(hidden[..., : self.patches])  # [1, N, D]
+            hidden = read[-1] + self.attend(layer.self_attn, layer.layer_norm1(read[-1]))
+            read.append(hidden + layer.mlp(layer.layer_norm2(hidden)))
+        features = torch.cat([read[number] for number in self.config.tower_states], 1)
+        return self.project(self.select(features))  # [1, N, D]
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patches by reshape and a 1x1 convolution: a stride of 14 or 16 is none of the engine's."""
@@ -139,13 +148,24 @@ class AneVision(nn.Module):
         size = grid * patch
         pieces = pixel_values[0, :, :size, :size].reshape(3, grid, patch, grid, patch)
         pieces = pieces.permute(0, 2, 4, 1, 3).reshape(1, 3 * patch * patch, 1, self.patches)
-        rows = torch.cat((embeddings.patch_embedding(pieces), embeddings.class_embedding), 3)  # [1, D_v, 1, P+1]
-        rows = F.pad(rows + embeddings.position_embedding.weight, (0, self.padding))  # [1, D_v, 1, S]
-        return self.vision_tower.pre_layrnorm(rows)
+        rows = embeddings.patch_embedding(pieces)  # [1, D_v, 1, P]
+        if self.has_class_token:
+            rows = torch.cat((rows, embeddings.class_embedding), 3)  # [1, D_v, 1, P+1]
+        rows = rows + embeddings.position_embedding.weight
+        if self.padding:
+            rows = F.pad(rows, (0, self.padding))  # [1, D_v, 1, S]
+        return self.vision_tower.pre_layrnorm(rows) if self.has_class_token else rows
+
+    def select(self, states: torch.Tensor) -> torch.Tensor:
+        """Rows [1, C, 1, S] as the tower has them, class token first, and of these what the projector reads."""
+        dropped = int(self.config.vision_select_strategy == "default")
+        if not self.has_class_token or dropped:
+            return states[..., dropped - self.has_class_token : self.patches]
+        return torch.cat((states[..., self.patches : self.rows], states[..., : self.patches]), 3)
 
     def attend(self, attention: Any, x: torch.Tensor) -> torch.Tensor:
         head = self.width // self.heads
-        split = (1, self.heads, head, self.patches + 1 + self.padding)
+        split = (1, self.heads, head, self.rows + self.padding)
         q = (attention.q_proj(x) * head**-0.5).reshape(split)  # [1, h, d, S]
         k, v = attention.k_proj(x).reshape(split), attention.v_proj(x).reshape(split)
         seen = []
@@ -155,7 +175,9 @@ class AneVision(nn.Module):
         return attention.out_proj(torch.cat(seen, 1).reshape(1, self.width, 1, -1))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """LDPv2: features [1, D_v, 1, P] -> [1, N, D]."""
+        """features [1, C, 1, P] -> [1, N, D]."""
+        if not isinstance(self.projector, LDPv2):
+            return self.projector(features)[:, :, 0].transpose(1, 2)
         hidden = self.projector.linear_2(F.gelu(self.projector.linear_1(features)))  # [1, D, 1, P]
         plane = self.projector.pool(hidden.reshape(1, -1, self.grid, self.grid))  # [1, D, pooled, pooled]
         plane = plane + self.projector.position(plane)
@@ -165,7 +187,7 @@ class AneVision(nn.Module):
 class AneDecoder(nn.Module):
     """Q rows at a place in the cache -> logits [1, 1, V] of one of them; every size is fixed.
 
-    Inputs: inputs_embeds [1, Q, D]; position [1], the place of the first row; cos, sin [1, 1, Q, d] of the rows' places;
+    Inputs: inputs_embeds [1, Q, D]; position [1], place of the first row; cos, sin [1, 1, Q, d] of the rows' places;
     causal_mask [1, 1, Q, C], added to the scores; last_row [1, 1, 1, Q], 1 at the row whose logits are asked for and 0
     elsewhere. Rows behind it are padding: they fill cache rows that are written again before any row sees them.
     The caches k_cache, v_cache [L, kvH, C, d] are buffers; the converter turns them into states.
@@ -178,17 +200,16 @@ class AneDecoder(nn.Module):
 
     def __init__(self, vlm: MobileVlm, cache_rows: int, rows: int) -> None:
         super().__init__()
-        text: Any = vlm.config.text_config
-        self.rows, self.heads, self.kv_heads = rows, text.num_attention_heads, text.num_key_value_heads
-        self.head_dim: int = text.head_dim or text.hidden_size // self.heads
+        sizes = model_shape(vlm, cache_rows)
+        self.rows, self.heads, self.kv_heads, self.head_dim = rows, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
         self.language_model = nn.Module()
         self.language_model.layers = channels_first(vlm.language_model.layers)
         self.language_model.norm = channels_first(vlm.language_model.norm)
         self.lm_head = nn.Module()
-        self.parts = head_parts(text.vocab_size)
+        self.parts = head_parts(sizes.vocab_size)
         for part, (first, last) in self.parts.items():
             setattr(self.lm_head, part, Pointwise(vlm.lm_head.weight[first:last], None))
-        shape = (text.num_hidden_layers, self.kv_heads, cache_rows, self.head_dim)
+        shape = (sizes.num_layers, self.kv_heads, cache_rows, self.head_dim)
         self.register_buffer("k_cache", torch.zeros(shape))
         self.register_buffer("v_cache", torch.zeros(shape))
 
@@ -258,7 +279,7 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def head_parts(vocab_size: int) -> dict[str, tuple[int, int]]:
-    """Name -> first and last row of each part of lm_head: as few as the engine takes, of whole units but for the last."""
+    """Name -> first and last row of each part of lm_head: as few as the engine takes, whole units but for the last."""
     count = -(-vocab_size // MOST_CHANNELS)
     size = -(-vocab_size // (count * UNIT)) * UNIT
     return {f"part_{at}": (at * size, min((at + 1) * size, vocab_size)) for at in range(count)}
@@ -270,12 +291,16 @@ def refuse_for_engine(vlm: MobileVlm) -> None:
     Raises:
         UsageError: a decoder with another activation than SiLU, or heads that are no multiple of 32 wide.
     """
-    text: Any = vlm.config.text_config
-    head_dim = text.head_dim or text.hidden_size // text.num_attention_heads
-    if head_dim % UNIT:
+    config, width = vlm.config, model_shape(vlm, 1).head_dim
+    if width % UNIT:
         raise UsageError(
-            f"--engine ane: the decoder's heads are {head_dim} wide and the Neural Engine wants states in multiples of "
+            f"--engine ane: the decoder's heads are {width} wide and the Neural Engine wants states in multiples of "
             f"{UNIT}; use --engine gpu"
         )
-    if text.hidden_act != "silu":
-        raise UsageError(f"--engine ane: activation '{text.hidden_act}' is not supported; supported: silu")
+    if config.text_config.hidden_act != "silu":
+        raise UsageError(
+            f"--engine ane: activation '{config.text_config.hidden_act}' of the decoder is not supported; supported: "
+            "silu; use --engine gpu"
+        )
+    if "silu" in (config.vision_config.hidden_act, config.projector_activation):
+        raise UsageError("--engine ane: the Neural Engine has no silu, as tower or projector want it; use --engine gpu")

@@ -53,9 +53,7 @@ def pack(weight: torch.Tensor, shape: tuple[int, ...], storage: Storage) -> Pack
     ones = (1,) * (len(shape) - 2)
     if storage.palette_rows:  # one table [entries, 1] per group of rows
         tables = Constant(shared.reshape(-1, 1, *ones, 1 << PALETTE_BITS, 1), FLOAT16)
-        return Packed(
-            "constexpr_lut_to_dense", {"indices": Constant(numbers.reshape(shape), UINT4), "lut": tables}
-        )
+        return Packed("constexpr_lut_to_dense", {"indices": Constant(numbers.reshape(shape), UINT4), "lut": tables})
     scales = Constant(shared.reshape(shape[0], -1, *ones), FLOAT16)
     data = Constant(numbers.reshape(shape), INT4 if storage.bits == 4 else INT8)
     return Packed("constexpr_blockwise_shift_scale", {"data": data, "scale": scales})
@@ -71,10 +69,12 @@ def _pieces(weight: torch.Tensor, multiple: int) -> Iterator[NDArray[np.float32]
 
 def _scaled(rows: NDArray[np.float32], storage: Storage) -> tuple[NDArray[Any], NDArray[Any]]:
     """Symmetric integers [rows, width] and their float16 scales [rows, groups]."""
-    found = _methods().linear_quantize_weights.blockwise_compress(
-        rows, nbits=int(storage.bits), mode="LINEAR_SYMMETRIC", signed=True, block_sizes=[1, storage.group_size or 0]
-    )
-    return found.data, found.scale.astype(np.float16)
+    sizes = [1, storage.group_size or 0]
+    with np.errstate(invalid="ignore"):  # a group of zeros has scale 0
+        found = _methods().linear_quantize_weights.blockwise_compress(
+            rows, nbits=int(storage.bits), mode="LINEAR_SYMMETRIC", signed=True, block_sizes=sizes
+        )
+    return np.where(rows == 0, 0, found.data).astype(np.int8), found.scale.astype(np.float16)
 
 
 def _palettized(rows: NDArray[np.float32], storage: Storage) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -31,7 +31,9 @@ ITEMS = {
 Weights = Callable[[str, tuple[int, ...]], Packed]
 
 
-def write_package(package: Path, functions: Mapping[str, Converted], placeholders: frozenset[str], load: Weights) -> None:
+def write_package(
+    package: Path, functions: Mapping[str, Converted], placeholders: frozenset[str], load: Weights
+) -> None:
     """Write the package.
 
     Args:
@@ -119,7 +121,7 @@ def _fill(operation: Any, stored: tuple[Packed, dict[str, int]]) -> None:
 
 
 def _one_spec(functions: Mapping[str, Converted]) -> Any:
-    """The Model message of one function as it was converted, or of several as coremltools' save_multifunction has it."""
+    """The Model message: of one function as it was converted, of several as coremltools' save_multifunction has it."""
     if list(functions) == [MAIN]:
         spec = functions[MAIN].spec
         spec.description.metadata.userDefined.pop(CONVERSION_DATE, None)

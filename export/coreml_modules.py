@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bundle.errors import UsageError
-from distill.models.mobilevlm import MobileVlm
+from distill.models.mobilevlm import MobileVlm, selected_features
+from distill.models.parts import CLIP
+from distill.models.projector import LDPv2
+from export.shape import model_shape
 
 # Attribute paths below repeat MobileVlm's, so that the constants of a converted program carry state-dict names.
 
@@ -23,11 +26,13 @@ class CoreMlVision(nn.Module):
     def __init__(self, vlm: MobileVlm) -> None:
         super().__init__()
         vision: Any = vlm.config.vision_config
+        self.config, self.has_class_token = vlm.config, vision.model_type == CLIP
         self.grid, self.patch, self.heads = vlm.config.patch_grid, vision.patch_size, vision.num_attention_heads
-        self.width = vision.hidden_size
+        self.width, self.positions = vision.hidden_size, self.grid * self.grid + self.has_class_token
         self.vision_tower = nn.Module()
         self.vision_tower.embeddings = patch_embeddings(vlm)
-        self.vision_tower.pre_layrnorm = vlm.vision_tower.pre_layrnorm
+        if self.has_class_token:
+            self.vision_tower.pre_layrnorm = vlm.vision_tower.pre_layrnorm
         self.vision_tower.encoder = nn.Module()
         self.vision_tower.encoder.layers = nn.ModuleList(
             list(vlm.vision_tower.encoder.layers)[: vlm.config.tower_layers]
@@ -35,11 +40,14 @@ class CoreMlVision(nn.Module):
         self.projector = vlm.projector
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        hidden = self.embed(pixel_values)  # [1, P+1, D_v]
-        for layer in self.vision_tower.encoder.layers:
-            hidden = hidden + self.attend(layer.self_attn, layer.layer_norm1(hidden))
-            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-        return self.project(hidden[:, 1:])  # [1, N, D]
+        layers = [partial(self.layer, layer) for layer in self.vision_tower.encoder.layers]
+        features = selected_features(self.config, self.embed(pixel_values), layers)  # [1, P, D_v]
+        return self.project(features) if isinstance(self.projector, LDPv2) else self.projector(features)  # [1, N, D]
+
+    def layer(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """One layer of CLIP or SigLIP [1, S, D_v] -> [1, S, D_v]."""
+        hidden = hidden + self.attend(layer.self_attn, layer.layer_norm1(hidden))
+        return hidden + layer.mlp(layer.layer_norm2(hidden))
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patches by reshape and one matrix product: the Neural Engine takes no convolution of stride 14 or 16."""
@@ -47,16 +55,19 @@ class CoreMlVision(nn.Module):
         size = grid * patch
         rows = pixel_values[0, :, :size, :size].reshape(3, grid, patch, grid, patch)
         patches = rows.permute(1, 3, 0, 2, 4).reshape(1, grid * grid, 3 * patch * patch)  # [1, P, 3*p*p]
-        tokens = torch.cat((embeddings.class_embedding, embeddings.patch_embedding(patches)), 1)  # [1, P+1, D_v]
+        tokens = embeddings.patch_embedding(patches)  # [1, P, D_v]
+        if not self.has_class_token:
+            return tokens + embeddings.position_embedding.weight
+        tokens = torch.cat((embeddings.class_embedding, tokens), 1)  # [1, P+1, D_v]
         return self.vision_tower.pre_layrnorm(tokens + embeddings.position_embedding.weight)
 
     def attend(self, attention: Any, x: torch.Tensor) -> torch.Tensor:
-        heads, positions = self.heads, self.grid * self.grid + 1
+        heads, positions = self.heads, self.positions
         shape = (1, positions, heads, self.width // heads)
-        q = attention.q_proj(x).reshape(shape).transpose(1, 2)  # [1, h, P+1, d]
+        q = attention.q_proj(x).reshape(shape).transpose(1, 2)  # [1, h, S, d]
         k = attention.k_proj(x).reshape(shape).transpose(1, 2)
         v = attention.v_proj(x).reshape(shape).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [1, P+1, h, d]
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [1, S, h, d]
         return attention.out_proj(out.reshape(1, positions, self.width))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
@@ -76,7 +87,9 @@ def patch_embeddings(vlm: MobileVlm) -> Any:
     ours: Any = nn.Module()
     ours.patch_embedding = nn.Linear(kernel[0].numel(), width, bias=False)
     ours.patch_embedding.weight = nn.Parameter(kernel.detach().reshape(width, -1))
-    ours.class_embedding = nn.Parameter(theirs.class_embedding.detach().reshape(1, 1, -1))
+    ours.patch_embedding.bias = theirs.patch_embedding.bias  # CLIP has none
+    if vlm.config.vision_config.model_type == CLIP:
+        ours.class_embedding = nn.Parameter(theirs.class_embedding.detach().reshape(1, 1, -1))
     ours.position_embedding = theirs.position_embedding
     return ours
 
@@ -110,16 +123,14 @@ class CoreMlDecoder(nn.Module):
 
     def __init__(self, vlm: MobileVlm, context_length: int) -> None:
         super().__init__()
-        text: Any = vlm.config.text_config
-        self.heads: int = text.num_attention_heads
-        self.kv_heads: int = text.num_key_value_heads
-        self.head_dim: int = text.head_dim or text.hidden_size // self.heads
+        text, sizes = vlm.config.text_config, model_shape(vlm, context_length)
+        self.heads, self.kv_heads, self.head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
         self.hidden, self.eps = text.hidden_size, text.rms_norm_eps
         self.language_model = nn.Module()
         self.language_model.layers = vlm.language_model.layers
         self.language_model.norm = vlm.language_model.norm
         self.lm_head = vlm.lm_head
-        shape = (text.num_hidden_layers, self.kv_heads, context_length, self.head_dim)
+        shape = (sizes.num_layers, self.kv_heads, context_length, self.head_dim)
         self.register_buffer("k_cache", torch.zeros(shape))
         self.register_buffer("v_cache", torch.zeros(shape))
         cos, sin = rope_tables(vlm, context_length)
@@ -174,20 +185,3 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotary position embedding of x [1, heads, Q, d] by cos, sin [Q, d]."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
-
-
-def refuse_unsupported(vlm: MobileVlm) -> None:
-    """Raise when the text model has a feature that the decoder above does not compute.
-
-    Raises:
-        UsageError: another RoPE than the default, or tied sizes that do not divide.
-    """
-    text: Any = vlm.config.text_config
-    kind = text.rope_parameters["rope_type"]
-    if kind != "default":
-        raise UsageError(f"Core ML export: rope_type '{kind}' is not supported; supported: default")
-    if text.num_attention_heads % text.num_key_value_heads:
-        raise UsageError(
-            f"Core ML export: num_attention_heads {text.num_attention_heads} is no multiple of "
-            f"num_key_value_heads {text.num_key_value_heads}"
-        )

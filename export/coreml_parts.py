@@ -95,7 +95,8 @@ def runner_notes(wanted: Wanted, engine: Engine) -> CoreMl:
     """The manifest's entry."""
     if engine == "gpu":
         return CoreMl(engine="gpu")
-    theta = float(wanted.vlm.config.text_config.rope_parameters["rope_theta"])
+    parameters: Any = wanted.vlm.config.text_config.rope_parameters
+    theta = float(parameters["rope_theta"])
     return CoreMl(engine="ane", functions=wanted.functions, rope_theta=theta)
 
 

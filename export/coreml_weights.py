@@ -1,4 +1,4 @@
-"""Written .mlpackages -> the weights that they really hold, each checked against the checkpoint's when it was written."""
+"""Written .mlpackages -> the weights that they really hold, each held against the checkpoint's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bundle.runtimes.mil_weights import DTYPES, SUB_BYTE_BITS, WeightFile, read_
 from export.contract import LazyWeights
 from export.coreml_convert import flat_name, plain_name
 from export.coreml_layout import Layout
+from export.palette import to_nearest
 from export.recipe import Storage
 
 FLOAT16_STEP = 2.0**-11  # relative rounding error of float16
@@ -146,7 +147,9 @@ def check_weights(
             if twin is None and _neutral(wanted):
                 continue
             if twin is None:
-                raise VerificationError(f"{path.name}: the converted program holds no constant for weight '{parameter}'")
+                raise VerificationError(
+                    f"{path.name}: the converted program holds no constant for weight '{parameter}'"
+                )
             constant = twin
         bits, found = storages[parameter].bits, package[constant]
         if found.bits != bits:
@@ -196,12 +199,10 @@ def _compare(
 
 
 def _to_nearest(original: NDArray[np.float32], tables: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Distance of each value to the nearest entry of its table, entries being rounded to float16."""
-    allowed = np.empty((len(tables), original.size // len(tables)), np.float32)
-    for table, values, out in zip(tables, original.reshape(len(tables), -1), allowed, strict=True):
-        nearest = table[np.searchsorted((table[1:] + table[:-1]) / 2, values)]
-        out[:] = np.abs(values - nearest) + 2 * FLOAT16_STEP * np.abs(table).max()
-    return allowed.reshape(original.shape)
+    """``to_nearest`` with a table for each equal share of the rows."""
+    shares = original.reshape(len(tables), -1)
+    allowed = [to_nearest(values, table) for values, table in zip(shares, tables, strict=True)]
+    return np.stack(allowed).reshape(original.shape)
 
 
 def _is_float_array(operation: Any) -> bool:

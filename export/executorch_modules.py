@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+import math
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 
-from distill.models.mobilevlm import MobileVlm
+from distill.models.mobilevlm import MobileVlm, selected_features
+from distill.models.parts import CLIP
 from distill.models.projector import LDPv2
+
+UNREAD_PARTS = {"post_layernorm", "head"}  # behind the selected layers; SigLIP's head pools for classification
 
 
 def weight_sharing_copy(vlm: MobileVlm) -> MobileVlm:
@@ -22,9 +28,29 @@ def weight_sharing_copy(vlm: MobileVlm) -> MobileVlm:
     """
     shared = {id(tensor): tensor for tensor in (*vlm.parameters(), *vlm.buffers())}
     twin = copy.deepcopy(vlm, shared)
-    twin.vision_tower.encoder.layers = twin.vision_tower.encoder.layers[: twin.config.tower_layers]
-    del twin.vision_tower.post_layernorm
+    tower = twin.vision_tower
+    tower.encoder.layers = tower.encoder.layers[: twin.config.tower_layers]
+    for unread in UNREAD_PARTS & dict(tower.named_children()).keys():
+        delattr(tower, unread)
     return twin
+
+
+class TanhGelu(nn.Module):
+    """GELU by tanh, as 0.5 (1 + tanh u) = sigmoid(2 u): XNNPACK takes gelu's ``approximate="tanh"`` for the exact one.
+
+    Seen with ExecuTorch 1.4.1, whose GeluVisitor drops the argument: visual tokens of a SigLIP off by 1.6e-4.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(TWO_ROOT_TWO_OVER_PI * x * (1 + 0.044715 * (x * x)))
+
+
+TWO_ROOT_TWO_OVER_PI = 2 * math.sqrt(2 / math.pi)
+
+
+def activation_of(name: str) -> nn.Module:
+    """An activation by its name in configs."""
+    return TanhGelu() if name == "gelu_pytorch_tanh" else ACT2FN[name]
 
 
 class VisionEncoder(nn.Module):
@@ -32,45 +58,50 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, vlm: MobileVlm) -> None:
         super().__init__()
-        self.embeddings = vlm.vision_tower.embeddings
-        self.pre_norm = vlm.vision_tower.pre_layrnorm
-        self.layers = nn.ModuleList(
-            VisionLayer(cast(CLIPEncoderLayer, layer)) for layer in vlm.vision_tower.encoder.layers
-        )
-        self.projector = cast(LDPv2, vlm.projector)
-        self.grid = vlm.config.patch_grid
+        tower, self.config = vlm.vision_tower, vlm.config
+        self.has_class_token = vlm.config.vision_config.model_type == CLIP
+        self.embeddings = tower.embeddings
+        self.pre_norm = tower.pre_layrnorm if self.has_class_token else nn.Identity()
+        self.layers = nn.ModuleList(VisionLayer(layer) for layer in tower.encoder.layers)
+        self.projector: Any = vlm.projector
+        self.activation = activation_of(vlm.config.projector_activation)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The tower up to the selected layer, then LDPv2."""
-        patches = self.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [1, P, D_v]
-        first = self.embeddings.class_embedding.reshape(1, 1, -1)  # [1, 1, D_v]
-        states = torch.cat([first, patches], dim=1) + self.embeddings.position_embedding.weight[None]  # [1, P+1, D_v]
-        states = self.pre_norm(states)
-        for layer in self.layers:
-            states = layer(states)
-        return self._project(states[:, 1:])
+        """The tower up to the selected layers, then the projector."""
+        states = self.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [1, P, D_v]
+        if self.has_class_token:
+            first = self.embeddings.class_embedding.reshape(1, 1, -1)  # [1, 1, D_v]
+            states = torch.cat([first, states], dim=1)  # [1, P+1, D_v]
+        states = self.pre_norm(states + self.embeddings.position_embedding.weight[None])
+        features = selected_features(self.config, states, list(self.layers))  # [1, P, D_v]
+        if isinstance(self.projector, LDPv2):
+            return self._pooled(self.projector, features)
+        first, *others = self.projector.linears  # LLaVA's: patch by patch
+        tokens = first(features)  # [1, P, D]
+        for linear in others:
+            tokens = linear(self.activation(tokens))
+        return cast(torch.Tensor, tokens)
 
-    def _project(self, features: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.gelu(self.projector.linear_1(features))  # [1, P, D]
-        plane = (
-            self.projector.linear_2(hidden).transpose(1, 2).reshape(1, -1, self.grid, self.grid)
-        )  # [1, D, grid, grid]
+    def _pooled(self, projector: LDPv2, features: torch.Tensor) -> torch.Tensor:
+        grid = self.config.patch_grid
+        hidden = nn.functional.gelu(projector.linear_1(features))  # [1, P, D]
+        plane = projector.linear_2(hidden).transpose(1, 2).reshape(1, -1, grid, grid)  # [1, D, grid, grid]
         # AdaptiveAvgPool2d(grid // 2), which ExecuTorch lacks: bins of 2 at stride 2, of 3 when the grid is odd
-        plane = nn.functional.avg_pool2d(plane, kernel_size=2 + self.grid % 2, stride=2)  # [1, D, grid//2, grid//2]
-        plane = plane + self.projector.position(plane)
+        plane = nn.functional.avg_pool2d(plane, kernel_size=2 + grid % 2, stride=2)  # [1, D, grid//2, grid//2]
+        plane = plane + projector.position(plane)
         return plane.flatten(2).transpose(1, 2)  # [1, N, D]
 
 
 class VisionLayer(nn.Module):
-    """One CLIP layer [1, P, D_v] -> [1, P, D_v] with attention written as two batched products.
+    """One layer of CLIP or SigLIP [1, P, D_v] -> [1, P, D_v] with attention written as two batched products.
 
     scaled_dot_product_attention would decompose into the safe softmax (eq -inf, any, where), which XNNPACK refuses.
     """
 
-    def __init__(self, source: CLIPEncoderLayer) -> None:
+    def __init__(self, source: CLIPEncoderLayer | SiglipEncoderLayer) -> None:
         super().__init__()
         self.source = source
-        self.activation = ACT2FN[source.mlp.config.hidden_act]
+        self.activation = activation_of(source.mlp.config.hidden_act)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         states = states + self._attend(self.source.self_attn, self.source.layer_norm1(states))
@@ -78,7 +109,7 @@ class VisionLayer(nn.Module):
         return states + mlp.fc2(self.activation(mlp.fc1(self.source.layer_norm2(states))))
 
     @staticmethod
-    def _attend(attention: CLIPAttention, states: torch.Tensor) -> torch.Tensor:
+    def _attend(attention: CLIPAttention | SiglipAttention, states: torch.Tensor) -> torch.Tensor:
         length, heads, width = states.shape[1], attention.num_heads, attention.head_dim
 
         def split(rows: torch.Tensor) -> torch.Tensor:
@@ -113,8 +144,7 @@ class TextDecoder(nn.Module):
     def __init__(self, vlm: MobileVlm, context_length: int) -> None:
         super().__init__()
         self.context_length = context_length
-        layers = (cast(LlamaDecoderLayer, layer) for layer in vlm.language_model.layers)
-        self.layers = nn.ModuleList(TextLayer(layer, context_length) for layer in layers)
+        self.layers = nn.ModuleList(TextLayer(layer, context_length) for layer in vlm.language_model.layers)
         self.norm = vlm.language_model.norm
         self.lm_head = vlm.lm_head
         positions = torch.arange(context_length)[None]  # [1, C]
@@ -136,15 +166,15 @@ class TextDecoder(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """One LLaMA layer [1, T, D] -> [1, T, D] that owns its K and V cache [1, C, H_kv, d], float32."""
+    """One layer of LLaMA or Qwen2 [1, T, D] -> [1, T, D] that owns its K and V cache [1, C, H_kv, d], float32."""
 
-    def __init__(self, source: LlamaDecoderLayer, context_length: int) -> None:
+    def __init__(self, source: LlamaDecoderLayer | Qwen2DecoderLayer, context_length: int) -> None:
         super().__init__()
         self.source = source
         config = source.self_attn.config
         self.heads, self.width = config.num_attention_heads, source.self_attn.head_dim
         self.kv_heads = config.num_key_value_heads or self.heads
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = activation_of(config.hidden_act)
         rows = (1, context_length, self.kv_heads, self.width)
         self.k_cache, self.v_cache = (nn.Buffer(torch.zeros(rows), persistent=False) for _ in range(2))
 
@@ -165,8 +195,8 @@ class TextLayer(nn.Module):
         return cast(torch.Tensor, attention.o_proj(mixed.reshape(1, length, -1)))
 
 
-def rms_norm(states: torch.Tensor, norm: LlamaRMSNorm) -> torch.Tensor:
-    """LLaMA's norm over the last axis in products that XNNPACK takes (``pow`` stays outside of it)."""
+def rms_norm(states: torch.Tensor, norm: LlamaRMSNorm | Qwen2RMSNorm) -> torch.Tensor:
+    """The decoders' norm over the last axis in products that XNNPACK takes (``pow`` stays outside of it)."""
     mean_square = (states * states).mean(-1, keepdim=True)
     return states * torch.rsqrt(mean_square + norm.variance_epsilon) * norm.weight
 

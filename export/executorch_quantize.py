@@ -44,8 +44,8 @@ def dequantized(vlm: MobileVlm, original: MobileVlm) -> dict[str, torch.Tensor]:
     """float32 values of every weight of ``vlm`` that quantization or rounding replaced, by state-dict name."""
     from torchao.utils import TorchAOBaseTensor
 
-    before = dict(original.named_parameters())
-    changed = {name: weight for name, weight in vlm.named_parameters() if weight is not before[name]}
+    before = dict(original.named_parameters(remove_duplicate=False))  # a tied head has two names
+    changed = {name: w for name, w in vlm.named_parameters(remove_duplicate=False) if w is not before[name]}
     return {
         name: (weight.dequantize() if isinstance(weight, TorchAOBaseTensor) else weight.detach()).float()
         for name, weight in changed.items()

@@ -31,24 +31,22 @@ from bundle.verify import verdict_of
 from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
-from distill.models.projector import LDP_V2
 from export.contract import CoreMlOptions, ExportedGraphs, ExportRequest, OnnxOptions
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.provenance import environment_of, source_of
+from export.recipe import Storage
 from export.recording import Recorded, record
 from export.room import STREAMED, check_room, release_free_memory
-from export.recipe import Storage
 from export.shape import model_shape
 from export.streamed_model import LoadedModel, open_streamed, open_whole
+from export.supported import check_supported
 from export.targets import load_exporter
 from export.work_folder import work_folder
 
 # KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit,
 # and a 1.7B model's float32 cache stays at 0.4 GB.
 DEFAULT_CONTEXT = 1024
-TOKENIZER_FILE = "tokenizer.model"
-EXPORTED_KINDS = ("llama", "clip_vision_model", "sentencepiece")  # decoder, tower, tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,11 +80,9 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     exporter = load_exporter(job.target)
     processing = read_processing(job.checkpoint)
     skeleton, _ = open_checkpoint(job.checkpoint)
-    _check_image_size(job.checkpoint, skeleton, processing)
-    _check_projector(job.checkpoint, skeleton)
-    _check_parts(job.checkpoint, skeleton, processing)
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
     context_length = _context_length(job, skeleton, questions)
+    check_supported(job.checkpoint, skeleton, processing, context_length, job.target)
     shapes = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
     check_room(job.target, job.output, shapes, job.precision, model_shape(skeleton, context_length), len(questions))
     source = source_of(job.checkpoint)
@@ -101,7 +97,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 context_length=context_length,
                 tokenizer_path=processing.tokenizer_path,
                 eos_ids=processing.tokenizer.eos_ids,
-                bos_id=_bos_id(processing),
+                bos_id=processing.tokenizer.bos_id,
                 output=folder,
                 progress=progress,
                 weights=model.weights,
@@ -110,7 +106,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 coreml=job.coreml,
             )
         )
-        shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
+        shutil.copyfile(processing.tokenizer_path, folder / processing.tokenizer.path)
         recorded = _record(job, model, exported.dequantized, questions, folder, progress)
         release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
@@ -134,38 +130,6 @@ def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, 
         "weights_sha256": source.weights_sha256,
         "environment": environment_of(job.target),
     }
-
-
-def _check_image_size(checkpoint: Path, vlm: MobileVlm, processing: Processing) -> None:
-    wanted = vlm.config.vision_config.image_size
-    if processing.image.size != wanted:
-        raise UsageError(
-            f"{checkpoint}: preprocessor_config.json makes images of {processing.image.size} pixels, the vision tower "
-            f"takes {wanted}; copy preprocessor_config.json of the tower it was trained with"
-        )
-
-
-def _check_projector(checkpoint: Path, vlm: MobileVlm) -> None:
-    projector = vlm.config.projector_type
-    if projector != LDP_V2:
-        raise UsageError(
-            f"{checkpoint}: projector '{projector}' can be trained but not exported yet; exported is {LDP_V2}; distil "
-            "into such a student first: alignkd-distill --help"
-        )
-
-
-def _check_parts(checkpoint: Path, vlm: MobileVlm, processing: Processing) -> None:
-    kinds = (vlm.config.text_config.model_type, vlm.config.vision_config.model_type, processing.tokenizer.kind)
-    if kinds != EXPORTED_KINDS:
-        raise UsageError(
-            f"{checkpoint}: a model of {', '.join(kinds)} can be trained but not exported yet; exported is "
-            f"{', '.join(EXPORTED_KINDS)}"
-        )
-
-
-def _bos_id(processing: Processing) -> int:
-    assert processing.tokenizer.bos_id is not None  # a sentencepiece tokenizer has one
-    return processing.tokenizer.bos_id
 
 
 def _context_length(job: ExportJob, vlm: MobileVlm, questions: Sequence[Probe]) -> int:
@@ -218,7 +182,7 @@ def _manifest(
         quantization=exported.quantization,
         image=processing.image,
         prompt=processing.prompt,
-        tokenizer=processing.tokenizer.model_copy(update={"path": TOKENIZER_FILE}),
+        tokenizer=processing.tokenizer,
         golden=recorded.golden(job.target, job.precision),
         coreml=exported.coreml,
         files={},

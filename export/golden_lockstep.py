@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
 
 from bundle.golden import GREEDY_TOKENS
-from bundle.manifest import Stage
+from bundle.manifest import ModelShape, Stage
 from bundle.prompt import splice, text_ids
 from bundle.runtimes.contract import Floats
 from distill.models.mobilevlm import MobileVlm
 from export.golden_record import Outputs, Probe, worst_errors
+from export.shape import model_shape
 from export.streamed_model import LoadedModel
 
 Advance = Callable[[int], None]  # told of the work done, in rows through one decoder layer
@@ -35,17 +35,15 @@ def golden_work(vlm: MobileVlm, questions: Sequence[Probe], greedy_rounds: int, 
 
 
 class FixedCache:
-    """Keys and values of one sequence of known length, as LLaMA's attention fills them.
+    """Keys and values of one sequence of known length, as the attention of LLaMA and Qwen2 fills them.
 
     Caches that grow with every token left the heap full of holes: 2.6 GB for the 0.3 GB of a 1.7B model.
     """
 
-    def __init__(self, config: LlamaConfig, rows: int) -> None:
-        heads = config.num_key_value_heads or config.num_attention_heads
-        width = config.head_dim or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 1, heads, rows, width)
+    def __init__(self, model: ModelShape) -> None:
+        shape = (model.num_layers, 1, model.num_kv_heads, model.context_length, model.head_dim)
         self._keys, self._values = torch.empty(shape), torch.empty(shape)
-        self._lengths = [0] * config.num_hidden_layers
+        self._lengths = [0] * model.num_layers
 
     @property
     def length(self) -> int:
@@ -65,9 +63,7 @@ class FixedCache:
 def run_stages_together(model: LoadedModel, questions: Sequence[Probe], advance: Advance) -> list[Outputs]:
     """What a runtime does: prefill, then greedy decoding with a KV cache that goes on past EOS."""
     visual, embeddings, rows = _inputs(model, questions)
-    config = model.vlm.config.text_config
-    assert isinstance(config, LlamaConfig), "other decoders are refused before"
-    caches = [FixedCache(config, prompt.shape[1] + GREEDY_TOKENS - 1) for prompt in rows]
+    caches = [FixedCache(model_shape(model.vlm, prompt.shape[1] + GREEDY_TOKENS - 1)) for prompt in rows]
     logits: list[list[Floats]] = [[] for _ in questions]
     ids: list[list[int]] = [[] for _ in questions]
     for _ in range(GREEDY_TOKENS):

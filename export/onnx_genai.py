@@ -72,13 +72,18 @@ def write_embedding_with_image(plain: Path, path: Path, image_id: int, hidden: i
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def write_tokenizer(sentencepiece: Path, folder: Path) -> None:
-    """tokenizer.model -> tokenizer.json and tokenizer_config.json, by transformers' own conversion."""
+def write_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json: the checkpoint's own, or tokenizer.model converted by transformers."""
+    if tokenizer.suffix == ".json":
+        for file in TOKENIZER_FILES:
+            if (tokenizer.parent / file).is_file():
+                shutil.copyfile(tokenizer.parent / file, folder / file)
+        return
     from transformers import LlamaTokenizer
 
     with tempfile.TemporaryDirectory(prefix="alignkd-tokenizer-") as name:
         alone = Path(name)  # a checkpoint's own JSON files would ask for other classes
-        shutil.copyfile(sentencepiece, alone / "tokenizer.model")
+        shutil.copyfile(tokenizer, alone / "tokenizer.model")
         LlamaTokenizer.from_pretrained(alone).save_pretrained(alone)
         for file in TOKENIZER_FILES:
             shutil.copyfile(alone / file, folder / file)
@@ -91,7 +96,7 @@ def genai_config(
     return {
         "model": {
             "type": CARRIER,
-            "bos_token_id": request.bos_id,
+            **({} if request.bos_id is None else {"bos_token_id": request.bos_id}),
             "eos_token_id": list(request.eos_ids),
             "pad_token_id": request.eos_ids[0],
             "image_token_id": request.vlm.image_token_id,

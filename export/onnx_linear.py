@@ -61,6 +61,14 @@ class ModelWriter(GraphWriter):
         """A weight's shape, without reading it."""
         return self._source.shapes[name]
 
+    def bias_of(self, layers: list[str]) -> str | None:
+        """Add the biases of layers that lie side by side -> their initializer; None where the layers have none."""
+        names = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in self._source.shapes]
+        if not names:
+            return None
+        assert len(names) == len(layers), names
+        return self.constant(names[0], np.concatenate([self.weight(name) for name in names]))
+
     def storage(self, name: str) -> Storage:
         """How the recipe stores a weight."""
         return self._source.overrides.get(name) or storage_of(name, self.shape(name), self._source.precision)

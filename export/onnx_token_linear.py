@@ -19,10 +19,12 @@ LEVELS = 127
 TINY = 1e-30  # scale of a row of zeros
 
 
-def token_linear(writer: ModelWriter, x: str, names: list[str], bias: str | None = None) -> str:
+def token_linear(
+    writer: ModelWriter, x: str, names: list[str], bias: str | None = None, output: str | None = None
+) -> str:
     """``ModelWriter.linear`` for many rows: matrices at 8 bits go to integer kernels, rounded per token."""
     if writer.storage(names[0]).bits != 8:
-        return writer.linear(x, names, bias=bias)
+        return writer.linear(x, names, output, bias)
     matrix, channel_scales = _channel_matrix(writer, names)
     token_scales = _token_scales(writer, x)  # [1, T, 1]
     zero, one = (
@@ -31,8 +33,8 @@ def token_linear(writer: ModelWriter, x: str, names: list[str], bias: str | None
     )
     levels = writer.op("QuantizeLinear", [writer.op("Div", [x, token_scales]), one, zero])  # [1, T, K]
     product = writer.op("MatMulIntegerToFloat", [levels, matrix, one, channel_scales, zero], None, MICROSOFT)
-    scaled = writer.op("Mul", [product, token_scales])  # [1, T, N]
-    return scaled if bias is None else writer.op("Add", [scaled, bias])
+    scaled = writer.op("Mul", [product, token_scales], output if bias is None else None)  # [1, T, N]
+    return scaled if bias is None else writer.op("Add", [scaled, bias], output)
 
 
 def _token_scales(writer: ModelWriter, x: str) -> str:

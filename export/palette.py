@@ -1,8 +1,8 @@
 """float16 values -> the 16 that stand for them with the least squared error, and which one stands for each.
 
 coremltools' own k-means (exact, 44 ms for the 32768 values of a table) would take half an hour for a 1.7B model; this
-one takes 2 ms and is within 0.1 % of its error. The values have at most 65536 different bit patterns, so they are
-counted instead of sorted.
+one takes 4 ms, at 0.03 % more error on normal values and 0.3 % on heavy tails. The values have at most 65536 different
+bit patterns, so they are counted instead of sorted.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 PALETTE_BITS = 4
 ENTRIES = 1 << PALETTE_BITS
 PATTERNS = 1 << 16
+ENTRY_ROUNDING = 2.0**-10  # of the largest entry: twice float16's, for an entry and the middle between two
 STEPS = 200  # of Lloyd's; it stops when no value changes its place, mostly after 40
-POINTS_PER_BIN, MOST_BINS = 24, 512  # of the histogram that Lloyd's starts from
+POINTS_PER_PIECE, MOST_PIECES = 24, 256  # by which the density of the values is told
 
 
 def cluster(values: NDArray[np.float16]) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
@@ -35,32 +36,64 @@ def cluster(values: NDArray[np.float16]) -> tuple[NDArray[np.float16], NDArray[n
         entries, first = np.resize(points, ENTRIES), np.arange(1, len(points))
         entries[len(points) :] = points[-1]
     else:
-        entries, first = _lloyd(points, weights)
+        entries, first = _best(points, weights)
     numbers = np.zeros(PATTERNS, np.uint8)
     numbers[present] = np.searchsorted(first, np.arange(len(points)), "right")
     return entries.astype(np.float16), numbers[keys]
 
 
-def _lloyd(points: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Entries, and the first point of every entry but the lowest."""
+def to_nearest(values: NDArray[np.float32], entries: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far each value may be from what stands for it: its nearest entry, give or take the rounding of entries."""
+    nearest = entries[np.searchsorted((entries[1:] + entries[:-1]) / 2, values)]
+    return np.abs(values - nearest) + ENTRY_ROUNDING * np.abs(entries).max()
+
+
+def entries_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The different values, rising, of weights that were looked up; they are float16."""
+    counts = np.bincount(_ordered(values.astype(np.float16).reshape(-1).view(np.uint16)), minlength=PATTERNS)
+    return VALUES[np.flatnonzero(counts)].astype(np.float32)
+
+
+def _best(points: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Entries, and the first point of every entry but the lowest, from the better of two starts.
+
+    Entries as dense as the cube root of the values' density are the best for many entries (Panter and Dite, 1951). The
+    density is told by pieces of equal width, which see outliers, or of equal count, which see everything else.
+    """
+    pieces = min(MOST_PIECES, ENTRIES + len(points) // POINTS_PER_PIECE)
+    by_width = np.linspace(points[0], points[-1], pieces + 1)
+    mass = np.cumsum(weights)
+    inner = np.searchsorted(mass, np.linspace(0, mass[-1], pieces + 1)[1:-1])
+    by_count = points[np.unique(np.concatenate(([0], inner, [len(points) - 1])))]
+    found = [_lloyd(points, weights, _start(points, weights, edges)) for edges in (by_width, by_count)]
+    return max(found, key=lambda result: result[2])[:2]
+
+
+def _start(
+    points: NDArray[np.float64], weights: NDArray[np.float64], edges: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Entries by the density of the values between ``edges``."""
+    inside, _ = np.histogram(points, edges, weights=weights)
+    share = np.concatenate(([0.0], np.cumsum(np.cbrt(inside * np.diff(edges) ** 2))))  # density's root, over the width
+    return np.interp((np.arange(ENTRIES) + 0.5) / ENTRIES * share[-1], share, edges)
+
+
+def _lloyd(
+    points: NDArray[np.float64], weights: NDArray[np.float64], entries: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.intp], float]:
+    """Entries, first points, and the sum of squares that the entries account for."""
     mass, moment = (np.concatenate(([0.0], np.cumsum(part))) for part in (weights, weights * points))
-    entries, first = _start(points, weights), np.zeros(0, np.intp)
+    first = np.zeros(0, np.intp)
+    explained = 0.0
     for _ in range(STEPS):
         before, first = first, np.searchsorted(points, (entries[1:] + entries[:-1]) / 2)
         if np.array_equal(before, first):
             break
         bounds = np.concatenate(([0], first, [len(points)]))
-        inside = np.diff(mass[bounds])
-        entries = np.where(inside > 0, np.diff(moment[bounds]) / np.maximum(inside, 1e-300), entries)
-    return entries, first
-
-
-def _start(points: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Entries as dense as the cube root of the values' density, the best for many entries (Panter and Dite, 1951)."""
-    bins = min(MOST_BINS, ENTRIES + len(points) // POINTS_PER_BIN)
-    density, edges = np.histogram(points, bins, weights=weights)
-    share = np.concatenate(([0.0], np.cumsum(np.cbrt(density))))
-    return np.interp((np.arange(ENTRIES) + 0.5) / ENTRIES * share[-1], share, edges)
+        inside, sums = np.diff(mass[bounds]), np.diff(moment[bounds])
+        entries = np.where(inside > 0, sums / np.maximum(inside, 1), entries)
+        explained = float((sums * sums / np.maximum(inside, 1)).sum())
+    return entries, first, explained
 
 
 def _ordered(patterns: NDArray[np.uint16]) -> NDArray[np.uint16]:

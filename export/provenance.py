@@ -12,7 +12,7 @@ from bundle.staging import sha256_of
 from distill.models.checkpoint import read_json, tower_directory, weight_files
 from export.targets import PACKAGES
 
-COMMON_PACKAGES = ("alignkd", "torch", "transformers", "numpy", "pillow", "sentencepiece")
+COMMON_PACKAGES = ("alignkd", "torch", "transformers", "numpy", "pillow", "sentencepiece", "tokenizers")
 
 
 def source_of(checkpoint: Path) -> Source:

@@ -43,7 +43,8 @@ DECODER_LINEARS = r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weig
 EMBEDDING = r"language_model\.embed_tokens\.weight"
 HEAD = r"lm_head\.weight"
 VISION_LINEARS = (
-    r"vision_tower\.encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])\.weight|projector\.linear_[12]\.weight"
+    r"vision_tower\.encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])\.weight"
+    r"|projector\.(linear_[12]|linears\.\d+)\.weight"
 )
 CONVOLUTIONS = r"vision_tower\.embeddings\.patch_embedding\.weight|projector\.position\.weight"
 REST = QuantRule(r".*", 32)  # norms, biases, position and class embeddings: under 1 % of the bytes, and sensitive

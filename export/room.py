@@ -26,7 +26,7 @@ PROCESS_BYTES = 800 << 20
 SESSION_PER_FILE_BYTE = 1.9
 ACTIVATION_BYTES = 1 << 30  # of three pictures in the tower and four prompts in the decoder, as float32
 # Targets whose exporters keep to the estimate below; the others load the whole model.
-STREAMED: tuple[Target, ...] = ("onnx",)
+STREAMED: tuple[Target, ...] = ("onnx", "coreml")
 CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -14,7 +14,7 @@ def model_shape(vlm: MobileVlm, context_length: int) -> ModelShape:
         num_layers=text.num_hidden_layers,
         num_heads=text.num_attention_heads,
         num_kv_heads=text.num_key_value_heads or text.num_attention_heads,
-        head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
+        head_dim=vlm.language_model.layers[0].self_attn.head_dim,  # Qwen2's config need not name it
         vocab_size=text.vocab_size,
         context_length=context_length,
         visual_tokens=vlm.config.visual_tokens,

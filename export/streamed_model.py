@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from distill.models.checkpoint import StoredTensor, load_vlm, open_checkpoint
 from distill.models.mobilevlm import MobileVlm
@@ -153,9 +151,7 @@ def open_whole(checkpoint: str | Path) -> LoadedModel:
 
 def make_buffers(vlm: MobileVlm) -> None:
     """Give values to the buffers that no checkpoint stores: rotary frequencies, positions of the tower."""
-    text = vlm.config.text_config
-    assert isinstance(text, LlamaConfig), "other decoders are refused before"
-    vlm.language_model.rotary_emb = LlamaRotaryEmbedding(config=text)
+    vlm.language_model.rotary_emb = type(vlm.language_model.rotary_emb)(config=vlm.config.text_config)
     embeddings = vlm.vision_tower.embeddings
     embeddings.position_ids = nn.Buffer(torch.arange(embeddings.num_positions)[None], persistent=False)
     assert not any(buffer.is_meta for buffer in vlm.buffers()), "a buffer has no values"

@@ -1,4 +1,4 @@
-"""MobileVlm -> three iOS 18 ML programs (.mlpackage) for the GPU or the Neural Engine; the decoder's KV cache is state."""
+"""MobileVlm -> three iOS 18 ML programs (.mlpackage), for the GPU or the Neural Engine; the KV cache is state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from export.coreml_compress import Packed, pack
 from export.coreml_convert import Converted, convert, flat_name, load_coremltools
 from export.coreml_fill import write_package
 from export.coreml_hollow import hollow
-from export.coreml_modules import refuse_unsupported
 from export.coreml_parts import PARTS, Part, Wanted, runner_notes, with_rows
 from export.coreml_weights import Held, PackageWeights, check_weights
 from export.dequantized import StoragePlan
@@ -29,10 +28,9 @@ def export_coreml(request: ExportRequest) -> ExportedGraphs:
     """Write the three packages under ``request.output``, check them, and find their weights in them again.
 
     Raises:
-        UsageError: coremltools is missing, or the model has a part that the engine's graphs do not compute.
+        UsageError: coremltools is missing, or the Neural Engine would not take the model's sizes.
         VerificationError: a written package is not what was asked for.
     """
-    refuse_unsupported(request.vlm)
     if request.coreml.engine == "ane":
         refuse_for_engine(request.vlm)
     load_coremltools()

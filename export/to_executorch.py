@@ -13,6 +13,7 @@ from bundle.manifest import Graph, GraphName, Tensor
 from export.contract import ExportedGraphs, ExportRequest
 from export.executorch_modules import TextDecoder, TokenEmbedding, VisionEncoder, weight_sharing_copy
 from export.executorch_quantize import dequantized, quantize
+from export.shape import model_shape
 
 FILE = "model.pte"
 
@@ -91,11 +92,12 @@ def _lower(request: ExportRequest, programs: dict[str, torch.export.ExportedProg
 def _constants(request: ExportRequest) -> dict[str, int | bool | list[int]]:
     """The constant methods that ExecuTorch 1.4's runners read (extension/llm/runner/constants.h)."""
     text = request.vlm.config.text_config
-    return {
+    # runners put it first when they are asked to
+    bos: dict[str, int | bool | list[int]] = {} if request.bos_id is None else {"get_bos_id": request.bos_id}
+    return bos | {
         "get_max_seq_len": request.context_length - 1,
         "get_max_context_len": request.context_length,
         "get_vocab_size": text.vocab_size,
-        "get_bos_id": request.bos_id,
         "get_eos_ids": list(request.eos_ids),
         "get_n_layers": text.num_hidden_layers,
         "use_kv_cache": True,
@@ -111,7 +113,8 @@ def _sizes(request: ExportRequest) -> tuple[Any, Any]:
 
 def _graphs(request: ExportRequest) -> dict[GraphName, Graph]:
     text, size = _sizes(request)
-    width, cache = text.hidden_size, (1, request.context_length, text.num_key_value_heads, text.head_dim)
+    shape = model_shape(request.vlm, request.context_length)
+    width, cache = text.hidden_size, (1, request.context_length, shape.num_kv_heads, shape.head_dim)
     return {
         "vision_encoder": Graph(
             path=FILE,

@@ -31,7 +31,8 @@ STEMS: dict[GraphName, str] = {
     "token_embedding": "embed_tokens",
     "text_decoder": "decoder_model_merged",
 }
-# Which weights each graph reads; the tower's last layers and its last norm are in none.
+# Which weights each graph reads; the tower's last layers, its last norm and SigLIP's pooling head are in none.
+UNREAD = ("vision_tower.post_layernorm.", "vision_tower.head.")
 TOWER_LAYER = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
 STORED = TypeAdapter(dict[str, Stored])
 
@@ -73,7 +74,7 @@ def export_onnx(request: ExportRequest) -> ExportedGraphs:
 def graph_of(weight: str, vlm: MobileVlm) -> GraphName | None:
     """The graph that reads a weight, or None for those behind the tower's selected layer."""
     layer = TOWER_LAYER.match(weight)
-    if "post_layernorm" in weight or (layer and int(layer[1]) >= vlm.config.tower_layers):
+    if weight.startswith(UNREAD) or (layer and int(layer[1]) >= vlm.config.tower_layers):
         return None
     if weight == EMBEDDING:
         return "token_embedding"

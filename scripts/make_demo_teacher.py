@@ -28,10 +28,13 @@ from bundle.manifest import TokenizerSpec
 from bundle.prompt import TEMPLATES
 from bundle.staging import write_text_whole
 from bundle.tokenizer import open_tokenizer
-from distill.align_kd import AlignKD
-from distill.data import Collator, ImageStore, LengthGroupedOrder, LlavaDataset
-from distill.demo_benchmarks import TURNS, Row, held_out_rows, training_rows, turns
-from distill.demo_world.accuracy import family_accuracy
+from distill.align_kd.module import AlignKD
+from distill.batches.batch_order import LengthGroupedOrder
+from distill.batches.collator import Collator
+from distill.batches.dataset import LlavaDataset
+from distill.batches.image_store import ImageStore
+from distill.data.rows import read_rows
+from distill.demo_world.demo_benchmarks import TURNS, Row, held_out_rows, training_rows, turns
 from distill.demo_world.files import save_image
 from distill.demo_world.lessons import FAMILY_WEIGHTS, conversation, drill, text_conversation
 from distill.demo_world.open_questions import describe
@@ -39,13 +42,13 @@ from distill.demo_world.question import Question
 from distill.demo_world.scene import PAIRS, Scene, draw, make_scene
 from distill.demo_world.tokenizer import train_tokenizer
 from distill.demo_world.tower import IMAGE, SELECTED_LAYER, pretrain_tower
-from distill.features import known_features
+from distill.evaluation.family_accuracy import family_accuracy
 from distill.models import load_vlm
 from distill.models.create import create_student
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
-from distill.rows import read_rows
+from distill.training.features import known_features
 
 CONTEXT = 512
 # 1/sqrt(width): with LLaMA's 0.02 a decoder this narrow starts so flat that it sits on the language prior

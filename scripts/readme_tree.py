@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = ("bundle", "distill", "export", "runtime_bench", "experiments", "benchmarks", "scripts")
 OTHERS = {
-    "distill/launch/": "configurations for accelerate launch: 1, 8 and 2 x 8 GPUs, and two processes on a CPU",
+    "distill/launch/*.yaml": "configurations for accelerate launch: 1, 8 and 2 x 8 GPUs, and two processes on a CPU",
     "recipes/": "settings as YAML: the paper's two stages, the demo's runs",
     "Makefile": "make demo, make test",
     "pyproject.toml": "packages, pins, extras, settings of the linters",

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from distill.config import PRESETS, DistillConfig
+from distill.settings.terms import PRESETS
+from distill.settings.training import DistillConfig
 
 HERE = Path(__file__).parents[1] / "experiments" / "align_kd"
 Load = Callable[[str], ModuleType]

@@ -1,4 +1,4 @@
-"""Ids or rows to append -> the calls of alignkd's Core ML graphs and their inputs, the same for macOS and for the interpreter.
+"""Ids or rows to append -> calls of alignkd's Core ML graphs and their inputs, for macOS and for the interpreter.
 
 Graphs for the GPU take any number of rows at once and a mask. Those for the Neural Engine have a function for many rows
 and one for a single row, and are told where the rows stand.
@@ -61,21 +61,30 @@ def decoder_calls(position: int, inputs_embeds: Floats, manifest: Manifest) -> I
         yield Call(None, {"inputs_embeds": inputs_embeds, "causal_mask": causal_mask(position, rows)}, 1)
         return
     cache = manifest.graphs["text_decoder"].states[0].shape[2]
-    assert cache is not None and manifest.coreml is not None and manifest.coreml.rope_theta is not None
+    assert cache is not None
     for function, size, start, end in _pieces(rows, position, cache, functions):
-        at, count = position + start, end - start
-        cos, sin = rope(at, size, manifest.model.head_dim, manifest.coreml.rope_theta)
-        last_row = np.zeros((1, 1, 1, size), np.float32)
-        last_row[..., count - 1] = 1
-        inputs = {
-            "inputs_embeds": _padded(inputs_embeds[:, start:end], size),
-            "position": np.array([at], np.int32),
-            "cos": cos,
-            "sin": sin,
-            "causal_mask": _static_mask(at, size, cache),
-            "last_row": last_row,
-        }
-        yield Call(function, inputs, 1)
+        inputs = {"inputs_embeds": _padded(inputs_embeds[:, start:end], size)}
+        yield Call(function, inputs | static_inputs(position + start, end - start, size, cache, manifest), 1)
+
+
+def static_inputs(at: int, count: int, size: int, cache: int, manifest: Manifest) -> dict[str, NDArray[Any]]:
+    """What a graph of static sizes is told of ``size`` rows that begin at place ``at``, the last ones being padding.
+
+    Args:
+        count: rows that are no padding; logits are asked for of the last of these.
+        cache: rows of the cache.
+    """
+    assert manifest.coreml is not None and manifest.coreml.rope_theta is not None
+    cos, sin = rope(at, size, manifest.model.head_dim, manifest.coreml.rope_theta)
+    last_row = np.zeros((1, 1, 1, size), np.float32)
+    last_row[..., count - 1] = 1
+    return {
+        "position": np.array([at], np.int32),
+        "cos": cos,
+        "sin": sin,
+        "causal_mask": static_mask(at, size, cache),
+        "last_row": last_row,
+    }
 
 
 def rope(start: int, rows: int, head_dim: int, theta: float) -> tuple[Floats, Floats]:
@@ -90,7 +99,7 @@ def causal_mask(past: int, new: int) -> Floats:
     return np.triu(np.full((new, past + new), MASKED, np.float32), past + 1)[None, None]
 
 
-def _static_mask(past: int, new: int, cache: int) -> Floats:
+def static_mask(past: int, new: int, cache: int) -> Floats:
     """Additive mask [1, 1, new, cache], as ``causal_mask``; nothing sees what lies behind."""
     return np.triu(np.full((new, cache), MASKED, np.float32), past + 1)[None, None]
 

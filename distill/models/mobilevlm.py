@@ -7,6 +7,8 @@ matter of reading and writing files (checkpoint.py, llava.py, save.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +46,22 @@ class Expanded:
         self.attention_mask = (kinds != PADDING_KIND).long()
         self.labels = labels
         self.visual_tokens = visual_tokens
+
+
+def selected_features(
+    config: MobileVlmConfig, states: torch.Tensor, layers: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+) -> torch.Tensor:
+    """A tower's embedded image [n, S, D_v] through its first layers -> what the projector reads, [n, P, D_v * states].
+
+    Exporters bring layers of their own, so that which states are read, and what is left out of them, is said once.
+    """
+    read = {0: states}
+    for number, layer in enumerate(layers, start=1):
+        states = layer(states)
+        if number in config.tower_states:
+            read[number] = states
+    features = torch.cat([read[number] for number in config.tower_states], -1)
+    return features[:, 1:] if config.vision_select_strategy == "default" else features
 
 
 class MobileVlm(PreTrainedModel):
@@ -101,13 +119,8 @@ class MobileVlm(PreTrainedModel):
         states = tower.embeddings(pixel_values.to(self.dtype))  # [n, P + 1, D_v], [n, P, D_v] of SigLIP
         if self.config.vision_config.model_type == CLIP:
             states = tower.pre_layrnorm(states)
-        read = {0: states} if 0 in self.config.tower_states else {}
-        for number, layer in enumerate(tower.encoder.layers[: self.config.tower_layers], start=1):
-            states = layer(states, attention_mask=None)
-            if number in self.config.tower_states:
-                read[number] = states
-        features = torch.cat([read[number] for number in self.config.tower_states], -1)  # [n, P + 1, D_v * layers]
-        return features[:, 1:] if self.config.vision_select_strategy == "default" else features
+        layers = tower.encoder.layers[: self.config.tower_layers]
+        return selected_features(self.config, states, [partial(layer, attention_mask=None) for layer in layers])
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values [n, 3, S, S] -> projected visual tokens [n, N, D]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill.config import TermWeights
+from distill.settings.terms import TermWeights
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from rich.console import Console
 
 from bundle.staging import write_text_whole
 from bundle.tokenizer import open_tokenizer
-from distill.config import DistillConfig
-from distill.demo_benchmarks import held_out_rows, training_rows
-from distill.demo_world.accuracy import family_accuracy
+from distill.demo_world.demo_benchmarks import held_out_rows, training_rows
+from distill.evaluation.family_accuracy import family_accuracy
 from distill.models import load_vlm
 from distill.models.processing import read_processing
-from distill.trainer import train
+from distill.settings.training import DistillConfig
+from distill.training.run import train
 
 ROOT = Path(__file__).parents[2]
 TEACHER, STUDENT = ROOT / "distill" / "demo_teacher", ROOT / "distill" / "demo_student"

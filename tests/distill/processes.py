@@ -13,7 +13,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["distill.cli", "distill.trainer", "peft", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+PRELOADED = ["distill.cli", "distill.training.run", "peft", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,12 @@ def _run(words: list[str], out: str, err: str, env: dict[str, str], kept: Path |
     sys.argv = ["alignkd-distill", *words]
     import torch
 
-    from distill import cli, trainer
+    from distill import cli
+    from distill.training import run
 
     torch.set_num_threads(1)
     if kept is not None:
-        trainer._finish = _after_copying(trainer._finish, kept)
+        run.finish = _after_copying(run.finish, kept)
     cli.main()
 
 

@@ -12,11 +12,11 @@ import torch
 
 from bundle.staging import sha256_of
 from bundle.tokenizer import open_tokenizer
-from distill.accuracy import HeldOut, answers_right, read_held_out
-from distill.config import DistillConfig
+from distill.evaluation.held_out import HeldOut, answers_right, read_held_out
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import read_processing
-from distill.trainer import train
+from distill.settings.training import DistillConfig
+from distill.training.run import train
 
 MakeData = Callable[..., Path]
 

@@ -14,15 +14,16 @@ from rich.console import Console
 
 from bundle.errors import UsageError
 from bundle.tokenizer import open_tokenizer
-from distill.adapter_start import fit_visual_maps
-from distill.align_kd import AlignKD
-from distill.config import DistillConfig
-from distill.data import Collator, ImageStore, LlavaDataset
-from distill.image_store import OtherRowsImages
+from distill.align_kd.module import AlignKD
+from distill.batches.collator import Collator
+from distill.batches.dataset import LlavaDataset
+from distill.batches.image_store import ImageStore, OtherRowsImages
+from distill.data.rows import read_rows
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import read_processing
-from distill.rows import read_rows
-from distill.trainer import train
+from distill.settings.training import DistillConfig
+from distill.training.adapter_start import fit_visual_maps
+from distill.training.run import train
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Case
@@ -41,7 +42,7 @@ def opened(data: Path, reference: Path, module: AlignKD) -> tuple[LlavaDataset, 
 def test_the_fit_is_least_squares_over_all_images(
     student: MobileVlm, teacher: MobileVlm, make_data: MakeData, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.adapter_start.IMAGES_PER_BATCH", 3)
+    monkeypatch.setattr("distill.training.adapter_start.IMAGES_PER_BATCH", 3)
     module = AlignKD(student, teacher, {"visual": 1.0, "normed_visual": 1.0})
     dataset, collator = opened(make_data(), reference, module)
     assert fit_visual_maps(module, dataset, collator) == 4  # six rows, two without an image

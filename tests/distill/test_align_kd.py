@@ -9,16 +9,18 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from distill import align_kd
-from distill.align_kd import PUBLISHED_TERMS, TERMS, AlignKD, TermSettings
-from distill.config import PRESETS, DistillConfig, TermWeights
-from distill.losses import attention_kl, forward_kl
+from distill.align_kd import row_terms
+from distill.align_kd.module import AlignKD
+from distill.losses.attention import attention_kl
+from distill.losses.divergences import forward_kl
 from distill.models.create import create_student, create_vlm
 from distill.models.mobilevlm import VISION_KIND, MobileVlm
 from distill.models.roles import look, predicting_rows, spans_of, text_to_image_attention, tower_hash
-from distill.parameter_groups import parameter_groups
-from distill.teacher_view import group_bounds
-from distill.term_meter import gradient_norms
+from distill.settings.terms import PRESETS, PUBLISHED_TERMS, TERMS, TermSettings, TermWeights
+from distill.settings.training import DistillConfig
+from distill.teacher.view import group_bounds
+from distill.training.parameter_groups import parameter_groups
+from distill.training.term_meter import gradient_norms
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Case
@@ -235,8 +237,8 @@ def test_chunks_of_rows_change_nothing(
     weights = {"cross_entropy": 1.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
     module = AlignKD(student, teacher, weights, TermSettings(temperature=2.0))
     results = []
-    for limit in (align_kd.MAX_LOGITS, 2 * 512):  # everything at once; two rows at a time
-        monkeypatch.setattr(align_kd, "MAX_LOGITS", limit)
+    for limit in (row_terms.MAX_LOGITS, 2 * 512):  # everything at once; two rows at a time
+        monkeypatch.setattr(row_terms, "MAX_LOGITS", limit)
         module.zero_grad()
         terms = module(**mixed)
         norms = gradient_norms(module, terms)

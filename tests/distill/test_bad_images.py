@@ -20,17 +20,18 @@ from safetensors.torch import load_file
 from bundle.errors import UsageError
 from bundle.tokenizer import open_tokenizer
 from distill import cli
-from distill.align_kd import AlignKD
-from distill.bad_images import BadImages, LeftOut, read_all
-from distill.config import DistillConfig
-from distill.data import BAD_ROWS, Collator, LlavaDataset
-from distill.features import known_features
-from distill.image_store import BadImageError, ImageStore
+from distill.align_kd.module import AlignKD
+from distill.batches.collator import BAD_ROWS, Collator
+from distill.batches.dataset import LlavaDataset
+from distill.batches.image_store import BadImageError, ImageStore
+from distill.data.rows import IndexedRows, open_rows, read_rows
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
-from distill.progress import ProgressLine
-from distill.rows import IndexedRows, open_rows, read_rows
-from distill.trainer import train
+from distill.settings.training import DistillConfig
+from distill.training.bad_images import BadImages, LeftOut, read_all
+from distill.training.features import known_features
+from distill.training.progress import ProgressLine
+from distill.training.run import train
 
 MakeData = Callable[..., Path]
 

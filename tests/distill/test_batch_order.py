@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
 from bundle.errors import UsageError
-from distill.batch_order import LengthGroupedOrder
+from distill.batches.batch_order import LengthGroupedOrder
 
 MANY = settings(max_examples=40, deadline=None)
 SIZES = {"rows": st.integers(1, 400), "batch": st.integers(1, 7), "seed": st.integers(0, 5)}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distill.bridge import on_students_grid, resample_attention, resample_tokens, shares
-from distill.teacher_view import TeacherView
+from distill.teacher.bridge import on_students_grid, resample_attention, resample_tokens, shares
+from distill.teacher.view import TeacherView
 
 PAIRS = [(576, 144), (729, 144), (144, 576), (729, 576), (577, 576), (9, 10), (4, 9)]
 

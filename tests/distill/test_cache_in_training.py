@@ -16,21 +16,23 @@ from safetensors.torch import load_file
 
 from bundle.errors import UsageError
 from bundle.tokenizer import open_tokenizer
-from distill.align_kd import AlignKD
-from distill.cache_choice import open_cache
-from distill.config import CacheConfig, CacheStorage, DistillConfig
-from distill.data import BAD_ROWS, Collator, LlavaDataset
-from distill.image_digests import ImageDigests
-from distill.image_source import PackedImage
-from distill.image_store import BadImageError, ImageStore
-from distill.launch_configs import launch_config
+from distill.align_kd.module import AlignKD
+from distill.batches.collator import BAD_ROWS, Collator
+from distill.batches.dataset import LlavaDataset
+from distill.batches.image_store import BadImageError, ImageStore
+from distill.data.image_source import PackedImage
+from distill.data.rows import open_rows
+from distill.launch.configs import launch_config
 from distill.models import load_vlm
 from distill.models.processing import read_processing
-from distill.plan import make_plan
-from distill.plan_report import plan_lines
-from distill.record_teacher import Recorded, record
-from distill.rows import open_rows
-from distill.trainer import train
+from distill.plan.plan import make_plan
+from distill.plan.report import plan_lines
+from distill.settings.recording import CacheConfig, CacheStorage
+from distill.settings.training import DistillConfig
+from distill.teacher_cache.choice import open_cache
+from distill.teacher_cache.image_digests import ImageDigests
+from distill.teacher_cache.record import Recorded, record
+from distill.training.run import train
 from tests.distill.processes import launch
 
 MakeData = Callable[..., Path]
@@ -152,7 +154,7 @@ def test_a_packed_picture_is_the_same_content_as_its_file(tmp_path: Path) -> Non
     one, two = PackedImage(tmp_path / "shard.tar", 4, 3, "a"), PackedImage(tmp_path / "shard.tar", 8, 3, "b")
     assert digests.digest(one) == digests.digest(tmp_path / "a.png") != digests.digest(two)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distill.image_digests.read_image", lambda _: pytest.fail("read again"))
+        patch.setattr("distill.teacher_cache.image_digests.read_image", lambda _: pytest.fail("read again"))
         assert digests.digest(one) != digests.digest(two)
     with pytest.raises(UsageError, match="cut off"):
         digests.digest(PackedImage(tmp_path / "shard.tar", 8, 9, "c"))

@@ -14,11 +14,13 @@ from bundle.errors import UsageError
 from bundle.image import open_image, preprocess
 from bundle.prompt import TEMPLATES, build_prompt
 from bundle.tokenizer import Tokenizer, open_tokenizer
-from distill.batch_order import LengthGroupedOrder
-from distill.data import Collator, ImageStore, LlavaDataset, encode_row
-from distill.image_store import BadImageError
+from distill.batches.batch_order import LengthGroupedOrder
+from distill.batches.collator import Collator
+from distill.batches.dataset import LlavaDataset
+from distill.batches.encoding import encode_row
+from distill.batches.image_store import BadImageError, ImageStore
+from distill.data.rows import parse_row, read_rows
 from distill.models.processing import Processing, read_processing
-from distill.rows import parse_row, read_rows
 
 MakeData = Callable[..., Path]
 

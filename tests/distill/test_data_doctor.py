@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from bundle.errors import UsageError
+from distill.data.rows import parse_row
 from distill.data_cli import main
-from distill.doctor import check_data
-from distill.findings import DataReport
-from distill.row_check import LengthRule
-from distill.rows import parse_row
+from distill.data_doctor.doctor import check_data
+from distill.data_doctor.findings import DataReport
+from distill.data_doctor.row_check import LengthRule
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 ROOMY = LengthRule(max_length=2048, visual_tokens=144)
@@ -145,7 +145,7 @@ def test_clean_rows_train_and_misshapen_ones_do_not(folder: Path) -> None:
 def test_lengths_with_a_checkpoint_are_those_of_training(folder: Path) -> None:
     pytest.importorskip("torch", reason="needs torch: the training code encodes the row")
     from bundle.tokenizer import open_tokenizer
-    from distill.data import encode_row
+    from distill.batches.encoding import encode_row
     from distill.models.processing import read_processing
 
     processing = read_processing(REFERENCE / "student")

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from bundle.tokenizer import open_tokenizer
-from distill import demo_benchmarks
-from distill.demo_benchmarks import training_rows
-from distill.demo_world.accuracy import family_accuracy
+from distill.demo_world import demo_benchmarks
+from distill.demo_world.demo_benchmarks import training_rows
 from distill.demo_world.lessons import FAMILIES, TEXT_FAMILIES
 from distill.demo_world.question import LETTERS, Question
 from distill.demo_world.scene import COLOURS, SHAPES
+from distill.evaluation.family_accuracy import family_accuracy
 from distill.models import load_vlm
 from distill.models.processing import read_processing
 
-TEACHER = Path(demo_benchmarks.__file__).parent / "demo_teacher"
+TEACHER = Path(demo_benchmarks.__file__).parents[1] / "demo_teacher"
 
 
 def read_json(path: Path) -> Any:

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from bundle.errors import UsageError
-from distill import demo_benchmarks
-from distill.demo_benchmarks import DemoSummary, make_demo
+from distill.demo_world import demo_benchmarks
 from distill.demo_world.choices import category_choice
+from distill.demo_world.demo_benchmarks import DemoSummary, make_demo
 from distill.demo_world.lessons import FAMILIES, conversation, drill, terse
 from distill.demo_world.open_questions import describe
 from distill.demo_world.question import LETTERS, SHORT_ANSWER, Question
@@ -44,7 +44,7 @@ from distill.demo_world.scene import (
 )
 from runtime_bench.accuracy.answers import Answer
 
-TEACHER = Path(demo_benchmarks.__file__).parent / "demo_teacher"
+TEACHER = Path(demo_benchmarks.__file__).parents[1] / "demo_teacher"
 SCENES, ITEMS = 80, 24
 BENCHMARKS = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench")
 

@@ -17,10 +17,10 @@ from formats import WRITERS, add_member, add_sample
 from PIL import Image
 
 from distill.data_cli import main
-from distill.demo_benchmarks import WRITERS as BENCHMARKS
-from distill.doctor import ImageRule, check_data
-from distill.findings import DataReport, Findings
-from distill.row_check import LengthRule
+from distill.data_doctor.doctor import ImageRule, check_data
+from distill.data_doctor.findings import DataReport, Findings
+from distill.data_doctor.row_check import LengthRule
+from distill.demo_world.demo_benchmarks import WRITERS as BENCHMARKS
 
 STUDENT = Path(__file__).parents[1] / "golden" / "reference" / "student"
 ROOMY = LengthRule(max_length=2048, visual_tokens=144)
@@ -155,7 +155,7 @@ def test_pictures_of_each_benchmark_are_found_in_the_data(
 ) -> None:
     root = tmp_path_factory.mktemp("benchmarks")
     BENCHMARKS[benchmark](root / benchmark, random.Random(1), 6)
-    from distill.benchmark_pictures import benchmark_pictures
+    from distill.data_doctor.benchmark_pictures import benchmark_pictures
 
     shown, source = list(benchmark_pictures(root))[-1]
     stolen = Image.open(source if isinstance(source, Path) else io.BytesIO(source)).convert("RGB")
@@ -200,15 +200,15 @@ def test_worker_processes_find_what_one_process_finds(folder: Path, monkeypatch:
     rows = sound() + sound()
     rows[6]["conversations"][1] = {"from": "gpt", "value": ""}
     data = WRITERS["tar"](folder, rows)
-    monkeypatch.setattr("distill.doctor.ROWS_AT_ONCE", 3)
-    monkeypatch.setattr("distill.doctor.PICTURES_AT_ONCE", 2)
+    monkeypatch.setattr("distill.data_doctor.doctor.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("distill.data_doctor.doctor.PICTURES_AT_ONCE", 2)
     alone, together = check(data, workers=1), check(data, workers=2)
     assert alone.as_json() == together.as_json()
     assert alone.all_faults.by_kind() == {"duplicate-id": 5, "empty-answer": 1}
 
 
 def test_findings_beyond_the_limit_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.findings.KEPT_FINDINGS", 2)
+    monkeypatch.setattr("distill.data_doctor.findings.KEPT_FINDINGS", 2)
     found = Findings()
     for row in range(5):
         found.add(row, None, "image-missing", "gone")

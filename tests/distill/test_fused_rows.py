@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from distill.align_kd import DIVERGENCES, AlignKD
-from distill.config import PRESETS
-from distill.fused_rows import FusedRows, can_fuse, proportion, sum_of_chunks
-from distill.losses import log_probabilities
+from distill.align_kd.module import AlignKD
+from distill.losses.divergences import DIVERGENCES, log_probabilities
+from distill.losses.fused_rows import FusedRows, can_fuse, proportion, sum_of_chunks
 from distill.models.mobilevlm import MobileVlm
+from distill.settings.terms import PRESETS
 
 Batch = dict[str, torch.Tensor]
 ROWS, WIDTH, WORDS, CHUNK = 11, 8, 40, 4

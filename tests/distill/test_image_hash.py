@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bundle.errors import UsageError
-from distill.benchmark_pictures import benchmark_pictures
-from distill.demo_benchmarks import WRITERS
+from distill.data_doctor.benchmark_pictures import benchmark_pictures
+from distill.data_doctor.image_hash import FINGERPRINT, HASH_DISTANCE, Fingerprints, fingerprint
+from distill.data_doctor.like_pictures import first_copies, like_pairs, nearest
+from distill.demo_world.demo_benchmarks import WRITERS
 from distill.demo_world.scene import SEEN_PAIRS, draw, make_scene
-from distill.image_hash import FINGERPRINT, HASH_DISTANCE, Fingerprints, fingerprint
-from distill.like_pictures import first_copies, like_pairs, nearest
 
 
 def scene(seed: int) -> Image.Image:

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bundle.errors import UsageError
-from distill import json_elements
-from distill.json_elements import line_elements, list_elements
+from distill.data import json_elements
+from distill.data.json_elements import line_elements, list_elements
 
 VALUES = st.recursive(
     st.none()

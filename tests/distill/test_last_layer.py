@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from distill.align_kd import AlignKD
+from distill.align_kd.module import AlignKD
 from distill.models.create import create_vlm
 from distill.models.last_layer import can_skip
 from distill.models.mobilevlm import MobileVlm

@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from bundle.errors import UsageError
 from distill import cli
-from distill.launch_configs import launch_config, launch_configs
+from distill.launch.configs import launch_config, launch_configs
 
 GPUS = {"1gpu": 1, "8gpu": 8, "2x8gpu": 16}
 KINDS = {

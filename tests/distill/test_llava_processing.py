@@ -22,12 +22,12 @@ from bundle.errors import UsageError
 from bundle.image import preprocess
 from bundle.prompt import build_prompt
 from bundle.tokenizer import Tokenizer, open_tokenizer
-from distill.data import IGNORED, encode_row
+from distill.batches.encoding import IGNORED, encode_row
+from distill.data.rows import Row, Turn
 from distill.models import load_vlm
 from distill.models.create import create_student
 from distill.models.processing import Processing, read_processing
 from distill.models.save import save_checkpoint
-from distill.rows import Row, Turn
 from tests.distill.llava_checkpoints import (
     CHATML,
     INTERLEAVE,

@@ -12,13 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from bundle.errors import UsageError
-from distill.align_kd import AlignKD
-from distill.config import DistillConfig, LoraSettings
-from distill.lora import add_lora
+from distill.align_kd.module import AlignKD
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
-from distill.parameter_groups import parameter_groups
-from distill.trainer import train
+from distill.settings.training import DistillConfig, LoraSettings
+from distill.training.lora import add_lora
+from distill.training.parameter_groups import parameter_groups
+from distill.training.run import train
 
 MakeData = Callable[..., Path]
 

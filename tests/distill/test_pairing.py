@@ -11,11 +11,12 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from bundle.errors import UsageError
-from distill.align_kd import PUBLISHED_TERMS, TERMS, AlignKD
+from distill.align_kd.module import AlignKD
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import read_processing
-from distill.pairing import Side, check_pair
+from distill.settings.terms import PUBLISHED_TERMS, TERMS
+from distill.teacher.pairing import Side, check_pair
 from tests.distill.llava_checkpoints import CHATML, WORDS, make_llava, write_images, write_llava, write_whole
 
 TAUGHT = tuple(name for name in TERMS if name not in PUBLISHED_TERMS)
@@ -167,8 +168,8 @@ def test_a_tied_decoder_is_written_once_in_a_resumable_checkpoint(tmp_path: Path
 
 
 def test_the_command_distils_one_llava_into_another(folders: Path, tmp_path: Path, make_data: Any) -> None:
-    from distill.config import DistillConfig
-    from distill.trainer import train
+    from distill.settings.training import DistillConfig
+    from distill.training.run import train
 
     output = tmp_path / "new"
     train(

@@ -15,17 +15,17 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from distill import cli
-from distill.align_kd import AlignKD
-from distill.config import DistillConfig, LoraSettings
+from distill.align_kd.module import AlignKD
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import read_processing
 from distill.models.save import save_checkpoint
-from distill.parameter_groups import parameter_groups
-from distill.plan import make_plan, planned_steps
-from distill.plan_memory import Decoder, Sizes, memory_per_gpu
-from distill.plan_report import plan_lines, size
-from distill.trainer import train
+from distill.plan.memory import Decoder, Sizes, memory_per_gpu
+from distill.plan.plan import make_plan, planned_steps
+from distill.plan.report import plan_lines, size
+from distill.settings.training import DistillConfig, LoraSettings
+from distill.training.parameter_groups import parameter_groups
+from distill.training.run import train
 
 MakeData = Callable[..., Path]
 
@@ -52,7 +52,7 @@ def test_weights_gradients_and_optimizer_are_what_torch_allocates(
     memory = make_plan(config, 1, "ddp", None).memory
     module = AlignKD(student, teacher, config.term_weights)
     if lora:
-        from distill.lora import add_lora
+        from distill.training.lora import add_lora
 
         add_lora(student, config.lora)
     optimizer = torch.optim.AdamW(parameter_groups(module, config), fused=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.launch_configs import launch_config
+from distill.launch.configs import launch_config
 from tests.distill.processes import Running, launch, start
 
 MakeData = Callable[..., Path]

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from bundle.errors import UsageError
-from distill import real_set
 from distill.data_cli import main
-from distill.doctor import LengthRule, check_data
-from distill.real_set import make_real, read_real_set
+from distill.data_doctor.doctor import LengthRule, check_data
+from distill.real_set import real_set
+from distill.real_set.real_set import make_real, read_real_set
 from runtime_bench.accuracy import gqa
 from runtime_bench.accuracy.answers import read_answers
 from runtime_bench.accuracy.questions import SHORT_ANSWER

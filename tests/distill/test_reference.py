@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.align_kd import TERMS, AlignKD
-from distill.config import PRESETS
-from distill.losses import focus_tokens
+from distill.align_kd.module import AlignKD
+from distill.losses.attention import focus_tokens
 from distill.models.mobilevlm import MobileVlm
 from distill.models.roles import attention_rows, look, predicting_rows, spans_of, text_to_image_attention
-from distill.term_meter import gradient_norms
+from distill.settings.terms import PRESETS, TERMS
+from distill.training.term_meter import gradient_norms
 
 if TYPE_CHECKING:
     from tests.distill.conftest import Case

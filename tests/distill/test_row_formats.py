@@ -19,9 +19,9 @@ from PIL import Image
 
 from bundle.errors import UsageError
 from bundle.staging import sha256_of
-from distill.image_source import PackedImage, open_source, read_image
-from distill.row_sources import located_rows
-from distill.rows import Row, open_rows, read_rows
+from distill.data.image_source import PackedImage, open_source, read_image
+from distill.data.row_sources import located_rows
+from distill.data.rows import Row, open_rows, read_rows
 
 
 def talk(*values: str) -> list[dict[str, str]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.align_kd import DIVERGENCES
-from distill.cache_parts import DIVERGENCES as RECORDED
-from distill.cache_parts import NEEDS
-from distill.config import TermWeights
-from distill.losses import attention_kl
-from distill.sparse_rows import SUPPORTS, draw, log_weight, sparse_block, sparse_rows
+from distill.losses.attention import attention_kl
+from distill.losses.divergences import DIVERGENCES
+from distill.settings.terms import DIVERGENCE_TERMS, TermWeights
+from distill.teacher.sparse_rows import SUPPORTS, draw, log_weight, sparse_block, sparse_rows
+from distill.teacher_cache.parts import NEEDS
 
 VOCABULARY = 40
 WEIGHTED = [name for name, support in SUPPORTS.items() if support == "weighted"]
@@ -39,7 +38,7 @@ def gradient(name: str, logits: torch.Tensor, teacher: torch.Tensor, words: int,
 
 
 def test_every_divergence_says_how_it_is_recorded() -> None:
-    assert set(SUPPORTS) == set(DIVERGENCES) == set(RECORDED)
+    assert set(SUPPORTS) == set(DIVERGENCES) == set(DIVERGENCE_TERMS)
     assert set(NEEDS) == {name for name in TermWeights.__dataclass_fields__ if not name.startswith("published")}
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from bundle.errors import UsageError
-from distill.config import DistillConfig
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
-from distill.teacher import place_teacher, quantize_decoder
-from distill.trainer import train
+from distill.settings.training import DistillConfig
+from distill.teacher.open_teacher import place_teacher, quantize_decoder
+from distill.training.run import train
 
 MakeData = Callable[..., Path]
 DEMO = Path(__file__).parents[2] / "distill" / "demo_teacher"

@@ -23,20 +23,24 @@ from safetensors.torch import load_file, save_file
 import distill
 from bundle.errors import UsageError
 from bundle.tokenizer import open_tokenizer
-from distill.align_kd import AlignKD, TermSettings
-from distill.cache_choice import open_cache, recording_command
-from distill.cache_parts import DIVERGENCES, NEEDS
-from distill.cache_shards import ShardReader, shard_faults
-from distill.config import CacheConfig, CacheStorage, DistillConfig, TermWeights
-from distill.data import Collator, Example, ImageStore, LlavaDataset
-from distill.image_digests import ImageDigests
+from distill.align_kd.module import AlignKD
+from distill.batches.collator import Collator
+from distill.batches.dataset import Example, LlavaDataset
+from distill.batches.image_store import ImageStore
+from distill.data.rows import read_rows
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import read_processing
-from distill.record_teacher import Recorded, record
-from distill.rows import read_rows
-from distill.teacher_identity import checkpoint_sha256
-from distill.trainer import train
+from distill.settings.recording import CacheConfig, CacheStorage
+from distill.settings.terms import DIVERGENCE_TERMS, TermSettings, TermWeights
+from distill.settings.training import DistillConfig
+from distill.teacher_cache.choice import open_cache, recording_command
+from distill.teacher_cache.identity import checkpoint_sha256
+from distill.teacher_cache.image_digests import ImageDigests
+from distill.teacher_cache.parts import NEEDS
+from distill.teacher_cache.record import Recorded, record
+from distill.teacher_cache.shards import ShardReader, shard_faults
+from distill.training.run import train
 
 MakeData = Callable[..., Path]
 DEFAULT = CacheStorage()
@@ -232,7 +236,8 @@ def test_a_killed_recording_goes_on(config: DistillConfig, tmp_path: Path) -> No
     script = tmp_path / "slow.py"
     script.write_text(
         "import sys, time\n"
-        "from distill import cache_shards, cli\n"
+        "from distill.teacher_cache import shards\n"
+        "from distill import cli\n"
         "flush = cache_shards.ShardWriter.flush\n"
         "def slow(self):\n    flush(self)\n    time.sleep(30)\n"
         "cache_shards.ShardWriter.flush = slow\n"
@@ -391,4 +396,4 @@ def test_pictures_are_hashed_once(tmp_path: Path) -> None:
 
 
 def test_every_recordable_divergence_is_asked_for() -> None:
-    assert all(NEEDS[name] == ("rows",) for name in DIVERGENCES)
+    assert all(NEEDS[name] == ("rows",) for name in DIVERGENCE_TERMS)

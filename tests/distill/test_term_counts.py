@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.align_kd import AlignKD, TermSettings
+from distill.align_kd.module import AlignKD
+from distill.align_kd.term_counts import term_counts
 from distill.models.mobilevlm import MobileVlm
 from distill.models.roles import look, predicting_rows, spans_of
-from distill.term_counts import term_counts
+from distill.settings.terms import TermSettings
 
 IDS = ("input_ids", "attention_mask", "labels")
 TERMS = {

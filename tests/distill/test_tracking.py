@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bundle.errors import UsageError
-from distill.config import DistillConfig
-from distill.trainer import train
+from distill.settings.training import DistillConfig
+from distill.training.run import train
 
 MakeData = Callable[..., Path]
 WANDB = """

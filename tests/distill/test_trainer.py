@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from bundle.staging import sha256_of
-from distill.align_kd import AlignKD
-from distill.config import DistillConfig, TermWeights
-from distill.data import ImageStore
-from distill.features import known_features
+from distill.align_kd.module import AlignKD
+from distill.batches.image_store import ImageStore
+from distill.data.rows import read_rows
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import read_processing
-from distill.progress import ProgressLine
-from distill.rows import read_rows
-from distill.trainer import train
+from distill.settings.terms import TermWeights
+from distill.settings.training import DistillConfig
+from distill.training.features import known_features
+from distill.training.progress import ProgressLine
+from distill.training.run import train
 
 MakeData = Callable[..., Path]
 
@@ -121,7 +122,7 @@ def test_a_run_whose_last_files_could_not_be_written_is_finished_by_resuming(
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("distill.trainer.save_checkpoint", full_disk)
+        patch.setattr("distill.training.finish.save_checkpoint", full_disk)
         with pytest.raises(OSError, match="No space left"):
             train(broken)
     (broken.work / "checkpoint-9").mkdir()  # killed while it wrote this one

@@ -8,9 +8,9 @@ import pytest
 import tyro
 
 from bundle.errors import UsageError
-from distill.config import DistillConfig
-from distill.model_card import recipe_text
-from distill.recipe import with_recipe
+from distill.settings.recipe import with_recipe
+from distill.settings.training import DistillConfig
+from distill.training.model_card import recipe_text
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NEEDED = ["--student", "s", "--data", "d.json", "--output", "o", "--teacher", "t"]

@@ -74,3 +74,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def one_thread() -> None:
     """Two test processes share the machine; torch alone would take every core in each."""
     torch.set_num_threads(1)
+
+
+HfCheckpoint = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> HfCheckpoint:
+    """A tiny Hugging Face LLaVA of a decoder and a tower, by their model types; read it, never change it."""
+    from tests.export.hf_checkpoints import write_checkpoint
+
+    root = tmp_path_factory.mktemp("hf")
+
+    def written(text: str, tower: str) -> Path:
+        folder = root / f"{text}-{tower}"
+        if not folder.exists():
+            write_checkpoint(folder, text, tower)
+        return folder
+
+    return written

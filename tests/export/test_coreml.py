@@ -404,13 +404,6 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert not any(tmp_path.iterdir())
 
 
-def test_another_rope_is_refused(tmp_path: Path) -> None:
-    vlm = random_vlm()
-    vlm.config.text_config.rope_parameters = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
-    with pytest.raises(UsageError, match="rope_type 'linear' is not supported; supported: default"):
-        export_coreml(request(vlm, "int4", tmp_path))
-
-
 # --- Core ML itself, against a stand-in for coremltools' MLModel ---
 
 

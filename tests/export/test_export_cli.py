@@ -17,7 +17,7 @@ from distill.models import load_vlm
 from distill.models.create import create_vlm
 from distill.models.processing import read_processing
 from distill.models.save import save_checkpoint
-from export import onnx_vision, targets
+from export import onnx_activation, targets
 from export.contract import ExportedGraphs, ExportRequest
 from export.to_onnx import export_onnx
 from tests.export.conftest import CONTEXT, REFERENCE, STUDENT, Command
@@ -122,12 +122,12 @@ def test_image_size_that_the_tower_does_not_take(run_export: Command, tmp_path: 
 
 
 def test_projector_without_an_exporter(run_export: Command, tmp_path: Path) -> None:
-    mlp = load_vlm(STUDENT)
-    mlp.config.projector_type = "mlp2x_gelu"
-    made = create_vlm(mlp.config.text_config, mlp.vision_tower, mlp.config)
-    save_checkpoint(made, tmp_path / "mlp", read_processing(STUDENT))
-    line = refused(run_export, tmp_path / "out", tmp_path / "mlp", "--target", "onnx")
-    assert "mlp2x_gelu" in line and "ldpnetv2" in line
+    student = load_vlm(STUDENT)
+    student.config.projector_type = "ldpnet"
+    made = create_vlm(student.config.text_config, student.vision_tower, student.config)
+    save_checkpoint(made, tmp_path / "ldp", read_processing(STUDENT))
+    line = refused(run_export, tmp_path / "out", tmp_path / "ldp", "--target", "onnx")
+    assert "projector 'ldpnet'" in line and "exported are ldpnetv2, linear, mlp2x_gelu" in line
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "torch"])
@@ -142,7 +142,7 @@ def test_missing_extra(run_export: Command, tmp_path: Path, monkeypatch: pytest.
 def test_a_wrong_graph_fails_the_export_and_names_the_stage(
     run_export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(onnx_vision.ACTIVATIONS, "quick_gelu", ("QuickGelu", {"alpha": 1.0}))
+    monkeypatch.setitem(onnx_activation.OPERATORS, "quick_gelu", ("QuickGelu", "com.microsoft", {"alpha": 1.0}))
     line = refused(run_export, tmp_path / "out", STUDENT, "--target", "onnx", "--int4", code=3)
     assert "stage 'visual_tokens', kind graph: " in line and "times the tolerance" in line
     assert "look at the tower's activation" in line and "was not written" in line

@@ -107,11 +107,3 @@ def test_a_full_context_is_usable_and_one_more_is_refused(tmp_path: Path) -> Non
     assert relative_error(last, torch_logits(twin, rows)[-1]) < 1e-5
     with pytest.raises(UsageError, match=f"{CONTEXT + 1} tokens do not fit the context of {CONTEXT}"):
         runtime.decode(rows[:, :1].numpy())
-
-
-def test_a_model_that_is_no_llama_is_refused(tmp_path: Path) -> None:
-    vlm = random_vlm()
-    vlm.config.text_config.hidden_act = "relu"
-    request = ExportRequest(vlm, "int4", CONTEXT, STUDENT / "tokenizer.model", (2,), 1, tmp_path, lambda line: None)
-    with pytest.raises(UsageError, match="hidden_act 'relu'"):
-        export_onnx(request)

@@ -1,0 +1,1 @@
+"""The trained module: student, teacher and adapters, and the loss terms of one batch."""

@@ -1,0 +1,1 @@
+"""Rows of a data set -> encoded conversations -> the batches that training and recording read."""

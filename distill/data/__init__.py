@@ -1,0 +1,1 @@
+"""Files of a data set in any format -> rows on demand; nothing here needs torch."""

@@ -1,0 +1,1 @@
+"""A student and held-out rows -> the answers that it gets right."""

@@ -1,0 +1,1 @@
+"""Settings and a number of GPUs -> what a run would train, need and take."""

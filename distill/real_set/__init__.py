@@ -1,0 +1,1 @@
+"""Hand-made questions on the pictures of an installed package."""

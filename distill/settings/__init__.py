@@ -1,0 +1,1 @@
+"""Flags and recipes -> frozen, checked settings; nothing here needs torch."""

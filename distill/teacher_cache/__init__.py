@@ -1,0 +1,1 @@
+"""What a teacher said, recorded once and read instead of running it."""
