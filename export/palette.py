@@ -15,7 +15,7 @@ ENTRIES = 1 << PALETTE_BITS
 PATTERNS = 1 << 16
 ENTRY_ROUNDING = 2.0**-10  # of the largest entry: twice float16's, for an entry and the middle between two
 STEPS = 200  # of Lloyd's; it stops when no value changes its place, mostly after 40
-POINTS_PER_PIECE, MOST_PIECES = 24, 256  # by which the density of the values is told
+PIECES = 256  # of equal width, and of equal count, into which points are merged for the start
 
 
 def cluster(values: NDArray[np.float16]) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
@@ -36,7 +36,7 @@ def cluster(values: NDArray[np.float16]) -> tuple[NDArray[np.float16], NDArray[n
         entries, first = np.resize(points, ENTRIES), np.arange(1, len(points))
         entries[len(points) :] = points[-1]
     else:
-        entries, first = _best(points, weights)
+        entries, first = _lloyd(points, weights)
     numbers = np.zeros(PATTERNS, np.uint8)
     numbers[present] = np.searchsorted(first, np.arange(len(points)), "right")
     return entries.astype(np.float16), numbers[keys]
@@ -54,37 +54,25 @@ def entries_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return VALUES[np.flatnonzero(counts)].astype(np.float32)
 
 
-def _best(points: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Entries, and the first point of every entry but the lowest, from the better of two starts.
+def _start(points: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The exact answer for points that are merged where they lie close or dense."""
+    from coremltools._deps import _kmeans1d
 
-    Entries as dense as the cube root of the values' density are the best for many entries (Panter and Dite, 1951). The
-    density is told by pieces of equal width, which see outliers, or of equal count, which see everything else.
-    """
-    pieces = min(MOST_PIECES, ENTRIES + len(points) // POINTS_PER_PIECE)
-    by_width = np.linspace(points[0], points[-1], pieces + 1)
     mass = np.cumsum(weights)
-    inner = np.searchsorted(mass, np.linspace(0, mass[-1], pieces + 1)[1:-1])
-    by_count = points[np.unique(np.concatenate(([0], inner, [len(points) - 1])))]
-    found = [_lloyd(points, weights, _start(points, weights, edges)) for edges in (by_width, by_count)]
-    return max(found, key=lambda result: result[2])[:2]
+    close = np.searchsorted(points, np.linspace(points[0], points[-1], PIECES + 1)[1:-1])
+    dense = np.searchsorted(mass, np.linspace(0, mass[-1], PIECES + 1)[1:-1])
+    first = np.unique(np.concatenate(([0], close, dense)))
+    inside = np.add.reduceat(weights, first)
+    middles = np.add.reduceat(points * weights, first) / inside
+    if len(middles) <= ENTRIES:
+        return np.interp(np.arange(ENTRIES) / (ENTRIES - 1) * (len(middles) - 1), np.arange(len(middles)), middles)
+    return np.array(_kmeans1d.cluster(middles, ENTRIES, weights=inside).centroids)
 
 
-def _start(
-    points: NDArray[np.float64], weights: NDArray[np.float64], edges: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Entries by the density of the values between ``edges``."""
-    inside, _ = np.histogram(points, edges, weights=weights)
-    share = np.concatenate(([0.0], np.cumsum(np.cbrt(inside * np.diff(edges) ** 2))))  # density's root, over the width
-    return np.interp((np.arange(ENTRIES) + 0.5) / ENTRIES * share[-1], share, edges)
-
-
-def _lloyd(
-    points: NDArray[np.float64], weights: NDArray[np.float64], entries: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.intp], float]:
-    """Entries, first points, and the sum of squares that the entries account for."""
+def _lloyd(points: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Entries, and the first point of every entry but the lowest."""
     mass, moment = (np.concatenate(([0.0], np.cumsum(part))) for part in (weights, weights * points))
-    first = np.zeros(0, np.intp)
-    explained = 0.0
+    entries, first = _start(points, weights), np.zeros(0, np.intp)
     for _ in range(STEPS):
         before, first = first, np.searchsorted(points, (entries[1:] + entries[:-1]) / 2)
         if np.array_equal(before, first):
@@ -92,8 +80,7 @@ def _lloyd(
         bounds = np.concatenate(([0], first, [len(points)]))
         inside, sums = np.diff(mass[bounds]), np.diff(moment[bounds])
         entries = np.where(inside > 0, sums / np.maximum(inside, 1), entries)
-        explained = float((sums * sums / np.maximum(inside, 1)).sum())
-    return entries, first, explained
+    return entries, first
 
 
 def _ordered(patterns: NDArray[np.uint16]) -> NDArray[np.uint16]:
