@@ -24,8 +24,8 @@ SPARE_DISK_BYTES = 64 << 20  # tokenizer, JSON, pictures, padding to pages
 # which packs matrices anew for its kernels.
 PROCESS_BYTES = 800 << 20
 SESSION_PER_FILE_BYTE = 1.9
-# Measured on Core ML exports: the converter holds placeholders as float16 and makes ten float32 copies of one constant at
-# a time; the evaluator holds all weights as float32.
+# Measured on Core ML exports: the converter holds placeholders as float16 and makes ten float32 copies of one;
+# the evaluator holds all weights as float32.
 CONVERTED_BYTES, COPIES_BYTES = 2, 42
 ACTIVATION_BYTES = 1 << 30  # of three pictures in the tower and four prompts in the decoder, as float32
 # Targets whose exporters keep to the estimate below; the others load the whole model.

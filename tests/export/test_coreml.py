@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from bundle.runtimes.mil_graph import block_of
 from bundle.runtimes.mil_program import Program, Rounding
 from bundle.runtimes.mil_proto import read_spec
 from distill.models.mobilevlm import MobileVlm
+from export import to_coreml
 from export.contract import ExportedGraphs, ExportRequest
 from export.coreml_checks import Budget, check_package
 from export.coreml_convert import convert, flat_name
@@ -36,6 +38,7 @@ from export.coreml_weights import Package, check_weights
 from export.recipe import Storage
 from export.shape import model_shape
 from export.to_coreml import GraphExporter, export_coreml
+from export.work_folder import WorkFolder
 from tests.export.models import random_vlm
 
 CONTEXT = 48
@@ -278,6 +281,30 @@ def test_the_same_export_gives_the_same_bytes(coreml_export: Exports, tmp_path: 
     GraphExporter(request(made.vlm, "int4", tmp_path)).export("token_embedding")
     found, wanted = (digests(folder / "token_embedding.mlpackage") for folder in (tmp_path, made.folder))
     assert found == wanted and len(found) == 3
+
+
+def test_graphs_of_a_killed_run_are_taken_over(
+    coreml_export: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = coreml_export("int4")
+    folder = WorkFolder(Path(shutil.copytree(made.folder, tmp_path / "bundle")), tmp_path / "notes")
+    folder.notes.mkdir()
+    for name in ("vision_encoder", "text_decoder"):
+        files = [path for path in (folder.bundle / f"{name}.mlpackage").rglob("*") if path.is_file()]
+        folder.finish(name, files, {})
+    shutil.rmtree(folder.bundle / "token_embedding.mlpackage")
+    converted: list[str] = []
+
+    def counting(module: torch.nn.Module, *arguments: Any) -> Any:
+        converted.append(type(module).__name__)
+        return convert(module, *arguments)
+
+    monkeypatch.setattr(to_coreml, "convert", counting)
+    again = export_coreml(replace(request(made.vlm, "int4", folder.bundle), work=folder))
+    assert converted == ["CoreMlEmbedding"]
+    assert digests(folder.bundle) == digests(made.folder) and again.graphs == made.written.graphs
+    assert set(again.dequantized) == set(made.written.dequantized)
+    assert folder.finished("token_embedding") is not None
 
 
 def digests(folder: Path) -> dict[str, str]:
