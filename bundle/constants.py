@@ -1,7 +1,8 @@
 """Graph files of a bundle -> a digest of every constant in them, so that a changed weight is told from a changed graph.
 
 Written to golden/constants.json when the vectors are recorded. Names are the file's own: ONNX initializers, constants
-of an ML program, keys of a .pte's named data (ExecuTorch makes them of the contents), places in its constant segment.
+of an ML program, what an .aimodel's metadata calls them, keys of a .pte's named data (ExecuTorch makes them of the
+contents), places in its constant segment.
 """
 
 from __future__ import annotations
@@ -99,6 +100,12 @@ def _coreml(path: Path) -> Iterator[tuple[str, Any]]:
                 yield key, np.ascontiguousarray(weights.blob(int(value.blobFileValue.offset)))
 
 
+def _coreai(path: Path) -> Iterator[tuple[str, Any]]:
+    from bundle.runtimes.coreai_asset import named_constants
+
+    yield from named_constants(path)
+
+
 def _executorch(path: Path) -> Iterator[tuple[str, Any]]:
     from bundle.pte import open_pte
 
@@ -112,4 +119,5 @@ READERS: dict[Target, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     "onnx": _onnx,
     "executorch": _executorch,
     "coreml": _coreml,
+    "coreai": _coreai,
 }

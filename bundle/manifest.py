@@ -15,7 +15,7 @@ MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 
-Target = Literal["onnx", "executorch", "coreml"]
+Target = Literal["onnx", "executorch", "coreml", "coreai"]
 Backend = Literal["xnnpack", "coreml", "vulkan"]
 Precision = Literal["int4", "int8", "fp16", "fp32"]
 GraphName = Literal["vision_encoder", "token_embedding", "text_decoder"]
@@ -51,7 +51,7 @@ class Tensor(Frozen):
 class Graph(Frozen):
     """One of the three graphs: where it lies and what goes in and out."""
 
-    path: str = Field(description="file, or .mlpackage folder, relative to the bundle")
+    path: str = Field(description="file, or .mlpackage or .aimodel folder, relative to the bundle")
     method: str | None = Field(default=None, description="entry point, where one file holds several (ExecuTorch)")
     backend: Backend | None = Field(
         default=None,

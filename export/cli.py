@@ -35,7 +35,7 @@ class ExportConfig:
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """directory with config.json, *.safetensors and a tokenizer: by alignkd-distill, MobileVLM V2 as published, or a
     LlavaForConditionalGeneration of LLaMA or Qwen2 with CLIP or SigLIP (docs/models.md)"""
-    target: Annotated[str, tyro.conf.arg(metavar="{executorch,coreml,onnx}")]
+    target: Annotated[str, tyro.conf.arg(metavar="{executorch,coreml,onnx,coreai}")]
     """which runtime the graphs are for"""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """the bundle's directory; must not exist"""

@@ -1,9 +1,10 @@
 """Weights that the files hold, and the checkpoint's -> nothing, or the first value that rounding does not explain.
 
 Each target has its own way back from its files: our packer's inverse over the ONNX data file, levels and scales of the
-.pte for ExecuTorch, the decompressed constants of weight.bin for Core ML. What comes back is held against the
-checkpoint here by one rule for all of them, which knows nothing of packing: how far rounding to nearest at the recipe's
-width can move a value. A scale of the wrong block, a transposed or shifted matrix cannot pass.
+.pte for ExecuTorch, the decompressed constants of weight.bin for Core ML, those of the program for Core AI. What comes
+back is held against the checkpoint here by one rule for all of them, which knows nothing of packing: how far rounding
+to nearest at the recipe's width can move a value. A scale of the wrong block, a transposed or shifted matrix cannot
+pass.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ CHUNK_VALUES = 1 << 20  # compared or rounded at once: temporaries of a few MB
 STEP_LIMITS: dict[Bits, float] = {4: 2.0, 8: 1.5}
 # What is left in float32 by the recipe but written as float16 by the target.
 HALF_REST: frozenset[tuple[Target, Precision]] = frozenset(
-    {("coreml", "int4"), ("coreml", "int8"), ("coreml", "fp16"), ("executorch", "fp16")}
+    {
+        ("coreml", "int4"),
+        ("coreml", "int8"),
+        ("coreml", "fp16"),
+        ("executorch", "fp16"),
+        ("coreai", "int4"),
+        ("coreai", "int8"),
+        ("coreai", "fp16"),
+    }
 )
 STAGE_OF: tuple[tuple[str, Stage], ...] = (
     ("vision_tower.", "visual_tokens"),

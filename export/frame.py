@@ -32,6 +32,7 @@ from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from export.contract import ExecutorchOptions, ExportedGraphs, ExportRequest, OnnxOptions
+from export.coreai_stock import write_stock_files
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.prefix import refuse_prefix, write_prefix
@@ -109,6 +110,9 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
         release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
         manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded)
+        if job.target == "coreai":
+            patch_size = manifest.image.size // skeleton.config.patch_grid
+            write_stock_files(folder, manifest, processing.tokenizer_path, patch_size)
         record_constants(folder, manifest)
         if job.prefix_cache:
             manifest = manifest.model_copy(update={"prefix_cache": write_prefix(folder, manifest)})

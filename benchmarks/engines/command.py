@@ -25,7 +25,7 @@ NOTES = (
     "changes with the round; in each process one run warms up. Vision: tower and projector on a normalised picture. "
     "Prefill: a prompt of random ids from an empty cache to its next token. Decode: the greedy steps behind it. Load: "
     "text, files in the operating system's cache. Peak: high-water mark of the process, Python and mapped files in it; "
-    "our bundles open all three graphs in both processes. (x): the value over the best of ours. Weights are random: "
+    "the vision encoder is open in the vision processes alone. (x): the value over the best of ours. Weights are random: "
     "speed at these shapes, not quality."
 )
 

@@ -12,10 +12,15 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of its own: pinned, so that a table can be made again."""
+    """A virtual environment of its own: pinned, so that a table can be made again.
+
+    Attributes:
+        without: packages to remove again, which the requirements bring along.
+    """
 
     name: str
     requirements: tuple[str, ...]
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Peer:
         label: its row in the table.
         runs_in: where its driver runs.
         converts_in: where ``convert`` runs, the driver's own environment when None.
-        convert: command that writes {output}; its words may also hold {python}, {packages}, {llama} and {checkpoint}.
+        convert: command that writes {output}; its words may also hold {python}, {packages}, {checkpoint},
+            {llama} (the decoder as a Hugging Face folder) and {vision} (the vision encoder traced).
         text: what the driver opens for text, in {output}; ``vision`` for pictures, where the peer has an encoder.
         options: of the driver; {output} is filled in.
     """
@@ -45,7 +51,9 @@ class Peer:
 LLAMA_CPP = Environment("llama-cpp", ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", "sentencepiece"))
 OPENVINO = Environment("openvino", ("openvino-genai==2026.4.1.0",))
 OPENVINO_CONVERT = Environment(
-    "openvino-convert", ("optimum-intel==2.2.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0", TORCH)
+    "openvino-convert",
+    ("optimum-intel==2.2.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0", TORCH),
+    without=("torchvision",),  # one built for another torch than the installed keeps transformers from loading
 )
 GENAI = Environment("onnxruntime-genai", ("onnxruntime-genai==0.18.0",))
 GENAI_CONVERT = Environment(
@@ -71,7 +79,7 @@ PEERS: dict[str, Peer] = {
         label="OpenVINO int4 g32, int8 tower",
         runs_in=OPENVINO,
         converts_in=OPENVINO_CONVERT,
-        convert=("{python}", f"{HERE}/convert/to_openvino.py", "{llama}", "{checkpoint}", "{output}"),
+        convert=("{python}", f"{HERE}/convert/to_openvino.py", "{llama}", "{vision}", "{output}"),
         driver="openvino_engine.py",
         text="text",
         vision="vision.xml",

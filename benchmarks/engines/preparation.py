@@ -52,14 +52,17 @@ class Cache:
         self.progress(f"installing {', '.join(wanted.requirements)} into {folder}")
         self._run([sys.executable, "-m", "venv", "--clear", str(folder)], f"{wanted.name}: no environment")
         self._run([str(python), "-m", "pip", "install", *wanted.requirements], f"{wanted.name} cannot be installed")
+        if wanted.without:
+            command = [str(python), "-m", "pip", "uninstall", "-y", *wanted.without]
+            self._run(command, f"{wanted.name} cannot be mended")
         done.write_text(listed, encoding="utf-8")
         return python
 
-    def llama(self, checkpoint: Path) -> Path:
-        """The decoder as a Hugging Face folder."""
-        output = self.folder / "converted" / "llama"
-        script = HERE / "convert" / "llama_folder.py"
-        self._convert([sys.executable, str(script), str(checkpoint), "{output}"], output, checkpoint)
+    def part(self, name: str, script: str, checkpoint: Path) -> Path:
+        """A part of the checkpoint in a form that other tools read, by one of our scripts."""
+        output = self.folder / "converted" / name
+        path = HERE / "convert" / script
+        self._convert([sys.executable, str(path), str(checkpoint), "{output}"], output, checkpoint)
         return output
 
     def prepare(self, name: str, peer: Peer, checkpoint: Path) -> Prepared:
@@ -76,8 +79,10 @@ class Cache:
                 "python": str(converter),
                 "packages": str(next(converter.parents[1].glob("lib/python3*/site-packages"))),
                 "checkpoint": str(checkpoint),
-                "llama": str(self.llama(checkpoint)),
+                "llama": str(self.part("llama", "llama_folder.py", checkpoint)),
             }
+            if "{vision}" in peer.convert:
+                words["vision"] = str(self.part("vision", "vision_trace.py", checkpoint))
             self._convert([fill(word, words) for word in peer.convert], output, checkpoint)
         return Prepared(peer, python, output)
 

@@ -61,6 +61,18 @@ def _coreml_interpreter() -> RuntimeModule:
     return coreml_interpreter
 
 
+def _coreai() -> RuntimeModule:
+    from bundle.runtimes import coreai
+
+    return coreai
+
+
+def _coreai_interpreter() -> RuntimeModule:
+    from bundle.runtimes import coreai_interpreter
+
+    return coreai_interpreter
+
+
 def _apple() -> Family:
     return "apple"
 
@@ -72,10 +84,14 @@ def _evaluator() -> Family:
 RUNTIMES: dict[Target, tuple[RuntimeEntry, ...]] = {
     "onnx": (RuntimeEntry("onnx", _onnx),),
     "executorch": (RuntimeEntry("executorch", _executorch),),
-    # Apple's own runtime first; the interpreter walks the ML program on any host
+    # Apple's own runtime first; the interpreters walk the program on any host
     "coreml": (
         RuntimeEntry("coreml", _coreml, _apple),
         RuntimeEntry("coreml_interpreter", _coreml_interpreter, _evaluator),
+    ),
+    "coreai": (
+        RuntimeEntry("coreai", _coreai, _apple),
+        RuntimeEntry("coreai_interpreter", _coreai_interpreter, _evaluator),
     ),
 }
 

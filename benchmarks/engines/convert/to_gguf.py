@@ -110,7 +110,7 @@ def write_vision(checkpoint: Path, path: Path) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
 
     def value(name: str, weight: np.ndarray) -> np.ndarray:
-        small = weight.ndim == 1 or "position_embedding" in name or ".peg." in name
+        small = weight.ndim == 1 or "position_embedding" in name
         return weight.astype(np.float32 if small else np.float16)
 
     def weights() -> Iterator[tuple[str, np.ndarray]]:

@@ -1,13 +1,14 @@
-"""LLaMA folder and MobileVLM checkpoint -> OpenVINO files by its own tools.
+"""LLaMA folder and traced vision encoder -> OpenVINO files by its own tools.
 
-    python to_openvino.py LLAMA CHECKPOINT OUTPUT      in an environment with optimum-intel, and PYTHONPATH at alignkd
+    python to_openvino.py LLAMA VISION OUTPUT      in an environment with optimum-intel
 
 The decoder by optimum-intel with NNCF's int4 weights (symmetric, groups of 32, every layer; head and embedding int8,
-its default); the vision encoder traced from alignkd's torch module, int8 by NNCF's post-training quantization.
+its default); the vision encoder int8 by NNCF's post-training quantization.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,22 +17,7 @@ import nncf
 import openvino
 import torch
 
-from distill.models.checkpoint import load_vlm
-
 CALIBRATION = 4  # pictures of noise: the weights are random
-
-
-class VisionEncoder(torch.nn.Module):
-    """pixel_values [1, 3, S, S] -> visual tokens [1, N, D]."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__()
-        self.vlm = load_vlm(checkpoint).eval()
-        self.size = self.vlm.config.vision_config.image_size
-        del self.vlm.language_model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.vlm.encode_images(pixel_values)
 
 
 def write_text(llama: Path, output: Path) -> None:
@@ -41,25 +27,27 @@ def write_text(llama: Path, output: Path) -> None:
     subprocess.run([*command, "--ratio", "1.0", str(output)], check=True)
 
 
-def write_vision(checkpoint: Path, output: Path) -> None:
+def write_vision(vision: Path, output: Path) -> None:
     """vision.xml, int8."""
-    encoder = VisionEncoder(checkpoint)
-    size = encoder.size
-    with torch.no_grad():
-        model = openvino.convert_model(encoder, example_input=torch.randn(1, 3, size, size), input=[1, 3, size, size])
-    del encoder
+    traced = torch.jit.load(vision / "vision.pt").eval()
+    shape = json.loads((vision / "shape.json").read_text(encoding="utf-8"))
     generator = torch.Generator().manual_seed(0)
-    pictures = [torch.randn(1, 3, size, size, generator=generator).numpy() for _ in range(CALIBRATION)]
+    pictures = [torch.randn(*shape, generator=generator) for _ in range(CALIBRATION)]
+    with torch.no_grad():
+        model = openvino.convert_model(traced, example_input=pictures[0], input=shape)
     quantized = nncf.quantize(
-        model, nncf.Dataset(pictures), model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION
+        model,
+        nncf.Dataset([picture.numpy() for picture in pictures]),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=CALIBRATION,
     )
     openvino.save_model(quantized, output / "vision.xml")
 
 
-def main(llama: Path, checkpoint: Path, output: Path) -> None:
+def main(llama: Path, vision: Path, output: Path) -> None:
     """Write text/ and vision.xml."""
     output.mkdir(parents=True)
-    write_vision(checkpoint, output)
+    write_vision(vision, output)
     write_text(llama, output / "text")
 
 

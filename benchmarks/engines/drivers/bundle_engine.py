@@ -13,11 +13,14 @@ from bundle.runtimes.registry import open_runtime
 
 
 class BundleEngine:
-    """A bundle on its first runtime of this host; all three graphs are open, whatever the part."""
+    """A bundle on its first runtime of this host, with the graphs that the part needs."""
 
     def __init__(self, job: Job) -> None:
         folder = Path(job.model)
-        self._runtime = open_runtime(folder, read_manifest(folder), job.threads)
+        manifest = read_manifest(folder)
+        vision = job.part == "vision"
+        graphs = {name: graph for name, graph in manifest.graphs.items() if (name == "vision_encoder") == vision}
+        self._runtime = open_runtime(folder, manifest.model_copy(update={"graphs": graphs}), job.threads)
         self.name = self._runtime.name
 
     def encode(self, pixels: np.ndarray) -> float:

@@ -12,7 +12,6 @@ from llama_cpp import mtmd_cpp
 from protocol import Job, run_driver
 
 CONTEXT = 1024
-IMAGE = b"<image>"
 
 
 class LlamaCppEngine:
@@ -44,7 +43,6 @@ class LlamaCppEngine:
         mtmd_cpp.mtmd_log_set(self._silence, None)
         parameters = mtmd_cpp.mtmd_context_params_default()
         parameters.use_gpu, parameters.warmup, parameters.n_threads = False, False, job.threads
-        parameters.media_marker = IMAGE
         self._vision = mtmd_cpp.mtmd_init_from_file(job.options["projector"].encode(), self._model, parameters)
         assert self._vision, job.options["projector"]
 
@@ -55,7 +53,8 @@ class LlamaCppEngine:
         buffer = (ctypes.c_uint8 * len(rgb)).from_buffer_copy(rgb)
         bitmap = mtmd_cpp.mtmd_bitmap_init(size, size, buffer)
         chunks = mtmd_cpp.mtmd_input_chunks_init()
-        text = mtmd_cpp.mtmd_input_text(text=IMAGE, add_special=False, parse_special=True)
+        marker = mtmd_cpp.mtmd_default_marker()
+        text = mtmd_cpp.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
         failed = mtmd_cpp.mtmd_tokenize(
             self._vision, chunks, ctypes.byref(text), (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(bitmap), 1
         )
