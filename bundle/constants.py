@@ -82,22 +82,33 @@ def _onnx(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _coreml(path: Path) -> Iterator[tuple[str, Any]]:
-    from bundle.runtimes.mil_graph import block_of
+    from bundle.runtimes.mil_graph import blocks_of
     from bundle.runtimes.mil_proto import read_spec, weight_path
     from bundle.runtimes.mil_weights import WeightFile
 
     weights = WeightFile(weight_path(path))
-    for operation in block_of(read_spec(path)).operations:
-        values = [*operation.attributes.items()] if operation.type == "const" else []
-        values += [
-            (name, argument.arguments[0].value)
-            for name, argument in operation.inputs.items()
-            if argument.arguments and argument.arguments[0].WhichOneof("binding") == "value"
-        ]
-        for name, value in values:
-            if value.WhichOneof("value") == "blobFileValue":
-                key = operation.outputs[0].name if name == "val" else f"{operation.outputs[0].name}.{name}"
-                yield key, np.ascontiguousarray(weights.blob(int(value.blobFileValue.offset)))
+    seen: dict[int, str] = {}  # functions of a package share weights
+    for block in blocks_of(read_spec(path)):
+        for operation in block.operations:
+            for key, value in _blobs(operation):
+                offset = int(value.blobFileValue.offset)
+                if offset not in seen:
+                    name = f"{key} at {offset}" if key in seen.values() else key
+                    seen[offset] = name
+                    yield name, np.ascontiguousarray(weights.blob(offset))
+
+
+def _blobs(operation: Any) -> Iterator[tuple[str, Any]]:
+    """Name and place of every constant of an operation that lies in weight.bin."""
+    values = [*operation.attributes.items()] if operation.type == "const" else []
+    values += [
+        (name, argument.arguments[0].value)
+        for name, argument in operation.inputs.items()
+        if argument.arguments and argument.arguments[0].WhichOneof("binding") == "value"
+    ]
+    for name, value in values:
+        if value.WhichOneof("value") == "blobFileValue":
+            yield operation.outputs[0].name if name == "val" else f"{operation.outputs[0].name}.{name}", value
 
 
 def _coreai(path: Path) -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,7 @@ Stage = Literal["prompt", "pixels", "visual_tokens", "embeddings", "first_logits
 STAGES: tuple[Stage, ...] = ("prompt", "pixels", "visual_tokens", "embeddings", "first_logits", "greedy_tokens")
 VectorSet = Literal["float", "dequantized"]
 VECTOR_SETS: tuple[VectorSet, ...] = ("float", "dequantized")
+Engine = Literal["gpu", "ane"]  # of Core ML's graphs: whose rules they keep
 # What computes: kernels round differently from one to the other (bundle/tolerances.py)
 Family = Literal["x86_64-vnni", "x86_64-avx2", "arm64-i8mm", "arm64-dotprod", "arm64", "apple", "evaluator"]
 
@@ -159,6 +160,20 @@ class PrefixCache(Frozen):
     )
 
 
+class CoreMl(Frozen):
+    """What a runner of Core ML packages needs beside the graphs' inputs."""
+
+    engine: Engine = Field(description="gpu: sizes are dynamic; ane: Neural Engine, sizes are static")
+    functions: dict[str, int] = Field(
+        default={},
+        description="entry points of the embedding and the decoder, and the rows that each takes at once: a dimension "
+        "of null is that number; empty: one entry point, any number",
+    )
+    rope_theta: float | None = Field(
+        default=None, description="base of the rotary embedding, where the runner hands in cosines and sines"
+    )
+
+
 class Source(Frozen):
     """The checkpoint that the bundle was made of."""
 
@@ -185,6 +200,7 @@ class Manifest(Frozen):
     tokenizer: TokenizerSpec
     golden: Golden
     prefix_cache: PrefixCache | None = None
+    coreml: CoreMl | None = Field(default=None, description="of target coreml")
     parity: Parity | None = None
     files: dict[str, FileRecord]
 

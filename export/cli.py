@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import tyro
 
 from bundle.errors import UsageError, missing_extra, run_command
-from bundle.manifest import Backend, Precision, Target
+from bundle.manifest import Backend, Engine, Precision, Target
 from export.targets import known_target
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class ExportConfig:
     """with --target executorch at int4 or int8 on XNNPACK: the vision encoder's matrices as float32, not int8"""
     prefix_cache: Flag = False
     """with --target onnx: ship keys and values of the constant text before the image; no prompt computes them then"""
+    engine: Annotated[Engine | None, tyro.conf.arg(metavar="{gpu,ane}")] = None
+    """with --target coreml: gpu (the default) has dynamic sizes, ane the Neural Engine's layouts, int4 as tables"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
     json: Flag = False
@@ -84,6 +86,7 @@ def export(config: ExportConfig) -> int:
     target, precision = known_target(config.target), chosen_precision(config)
     _check_onnx_options(config, target, precision)
     _check_executorch_options(config, target, precision)
+    _check_engine(config, target, precision)
     start = time.monotonic()
     manifest = _run(config, target, precision)
     if config.json:
@@ -125,9 +128,16 @@ def _check_executorch_options(config: ExportConfig, target: Target, precision: P
         )
 
 
+def _check_engine(config: ExportConfig, target: Target, precision: Precision) -> None:
+    if config.engine is not None and target != "coreml":
+        raise UsageError(f"--engine is for --target coreml, not --target {target}; leave it out")
+    if config.engine == "ane" and precision == "fp32":
+        raise UsageError("--engine ane computes in float16 and not at --fp32; use --fp16, or --engine gpu")
+
+
 def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest:
     try:
-        from export.contract import ExecutorchOptions, OnnxOptions
+        from export.contract import CoreMlOptions, ExecutorchOptions, OnnxOptions
         from export.frame import ExportJob, export_bundle
     except ModuleNotFoundError as error:
         raise missing_extra((error.name or "torch").split(".")[0], target) from error
@@ -148,6 +158,7 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
         config.name,
         OnnxOptions(config.int4_embedding, config.fp16_cache),
         ExecutorchOptions(_known_backend(config.backend), config.float_vision),
+        CoreMlOptions(config.engine or "gpu"),
         config.prefix_cache,
     )
     manifest = export_bundle(job, progress)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from bundle.manifest import Backend, Graph, GraphName, GraphQuantization, Precision
+from bundle.manifest import Backend, CoreMl, Engine, Graph, GraphName, GraphQuantization, Precision
 from distill.models.mobilevlm import MobileVlm
-from export.recipe import VISION_LINEARS, Storage
+from export.recipe import VISION_LINEARS, Storage, storage_of
 from export.work_folder import WorkFolder
 
 EMBEDDING = "language_model.embed_tokens.weight"
 INT4_GROUP = 32
+PALETTE_ROWS = 16
 
 
 class LazyWeights(Mapping[str, torch.Tensor], ABC):
@@ -91,6 +92,27 @@ class ExecutorchOptions:
 
 
 @dataclass(frozen=True)
+class CoreMlOptions:
+    """What only the Core ML target offers."""
+
+    engine: Engine = "gpu"
+
+    def storages(self, shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> dict[str, Storage]:
+        """Weights that are stored otherwise than the recipe says.
+
+        The Neural Engine reads 4-bit weights from tables of 16 values, one for 16 output channels; on integers with
+        scales per block its compiler gives up (docs/exports.md).
+        """
+        if self.engine == "gpu":
+            return {}
+        return {
+            name: Storage(4, None, PALETTE_ROWS)
+            for name, shape in shapes.items()
+            if storage_of(name, shape, precision).bits == 4 and shape[0] % PALETTE_ROWS == 0
+        }
+
+
+@dataclass(frozen=True)
 class ExportRequest:
     """One model to be written at one precision into the bundle directory under construction."""
 
@@ -106,6 +128,7 @@ class ExportRequest:
     work: WorkFolder | None = None  # where finished graphs are noted, to be used again after a kill
     onnx: OnnxOptions = OnnxOptions()
     executorch: ExecutorchOptions = ExecutorchOptions()
+    coreml: CoreMlOptions = CoreMlOptions()
 
 
 @dataclass(frozen=True)
@@ -117,8 +140,10 @@ class ExportedGraphs:
             weight that quantization or rounding changed. The golden vectors are recorded with these weights, so that
             the verifier separates an error of the graph from the error of quantization. A lazy mapping may read each
             weight from the files when asked: a full copy of a large model need not fit into memory.
+        coreml: what a runner needs to know of target coreml.
     """
 
     graphs: dict[GraphName, Graph]
     quantization: dict[GraphName, GraphQuantization]
     dequantized: Mapping[str, torch.Tensor]
+    coreml: CoreMl | None = None

@@ -31,12 +31,13 @@ from bundle.verify import verdict_of
 from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
-from export.contract import ExecutorchOptions, ExportedGraphs, ExportRequest, OnnxOptions
+from export.contract import CoreMlOptions, ExecutorchOptions, ExportedGraphs, ExportRequest, OnnxOptions
 from export.coreai_stock import write_stock_files
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.prefix import refuse_prefix, write_prefix
 from export.provenance import environment_of, source_of
+from export.recipe import Storage
 from export.recording import Recorded, record
 from export.room import STREAMED, check_room, release_free_memory
 from export.shape import model_shape
@@ -62,7 +63,13 @@ class ExportJob:
     name: str | None = None
     onnx: OnnxOptions = OnnxOptions()
     executorch: ExecutorchOptions = ExecutorchOptions()
+    coreml: CoreMlOptions = CoreMlOptions()
     prefix_cache: bool = False
+
+    def storages(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Storage]:
+        """Weights that are stored otherwise than the recipe says; options of other targets are at their defaults."""
+        executorch, coreml = (o.storages(shapes, self.precision) for o in (self.executorch, self.coreml))
+        return self.onnx.storages | executorch | coreml
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -103,6 +110,7 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 work=work,
                 onnx=job.onnx,
                 executorch=job.executorch,
+                coreml=job.coreml,
             )
         )
         shutil.copyfile(processing.tokenizer_path, folder / processing.tokenizer.path)
@@ -137,6 +145,7 @@ def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, 
         "context_length": context_length,
         "onnx": asdict(job.onnx),
         "executorch": asdict(job.executorch),
+        "coreml": asdict(job.coreml),
         "prefix_cache": job.prefix_cache,
         "weights_sha256": source.weights_sha256,
         "environment": environment_of(job.target),
@@ -165,8 +174,7 @@ def _record(
     progress: Callable[[str], None],
 ) -> Recorded:
     shapes = {name: tuple(weight.shape) for name, weight in model.vlm.state_dict().items()}
-    storages = job.onnx.storages | job.executorch.storages(shapes, job.precision)
-    plan = StoragePlan(job.target, job.precision, storages)
+    plan = StoragePlan(job.target, job.precision, job.storages(shapes))
     try:
         return record(model, dequantized, questions, plan, folder, progress)
     except VerificationError as error:
@@ -196,6 +204,7 @@ def _manifest(
         prompt=processing.prompt,
         tokenizer=processing.tokenizer,
         golden=recorded.golden(job.target, job.precision),
+        coreml=exported.coreml,
         files={},
     )
 
