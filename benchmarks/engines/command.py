@@ -25,8 +25,8 @@ NOTES = (
     "changes with the round; in each process one run warms up. Vision: tower and projector on a normalised picture. "
     "Prefill: a prompt of random ids from an empty cache to its next token. Decode: the greedy steps behind it. Load: "
     "text, files in the operating system's cache. Peak: high-water mark of the process, Python and mapped files in it; "
-    "the vision encoder is open in the vision processes alone. (x): the value over the best of ours. Weights are random: "
-    "speed at these shapes, not quality."
+    "the vision encoder is open in the vision processes alone. (x): the value over the best of ours. Weights are "
+    "random: speed at these shapes, not quality."
 )
 
 
@@ -113,7 +113,7 @@ def _bundle(path: Path, manifest: Manifest) -> Contestant:
     if set(text) == set(vision):  # one file holds all
         vision = []
     return Contestant(
-        label=f"alignkd {manifest.target} {manifest.precision}",
+        label=f"alignkd {manifest.name}",
         python=Path(sys.executable),
         driver="bundle_engine.py",
         model=path.resolve(),
