@@ -32,7 +32,7 @@ from distill.models.processing import read_processing
 from distill.settings.recording import CacheConfig, CacheStorage
 from distill.settings.terms import DIVERGENCE_TERMS, TermWeights
 from distill.settings.training import DistillConfig
-from distill.teacher_cache.choice import open_cache
+from distill.teacher_cache.choice import CacheSearch
 from distill.teacher_cache.record import record
 from distill.training.run import train
 from runtime_bench.device import local_device
@@ -125,7 +125,8 @@ def errors_of(config: DistillConfig, terms: tuple[str, ...], size: int, batches:
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
     examples: list[Example] = [dataset[i] for i in range(len(dataset))]
-    cache = open_cache(config, student, processing, examples)
+    search = CacheSearch(config, student, processing)
+    cache = search.chosen(search.lacking(examples))
     collator = Collator(processing.tokenizer.pad_id, ImageStore(processing.image, 0), recording=cache)
     live = AlignKD(student, load_vlm(TEACHER), config.term_weights)
     cached = AlignKD(student, None, config.term_weights, recorded_teacher=cache.shape)

@@ -1,7 +1,8 @@
 """Graph files of a bundle -> a digest of every constant in them, so that a changed weight is told from a changed graph.
 
 Written to golden/constants.json when the vectors are recorded. Names are the file's own: ONNX initializers, constants
-of an ML program, keys of a .pte's named data (ExecuTorch makes them of the contents), places in its constant segment.
+of an ML program, what an .aimodel's metadata calls them, keys of a .pte's named data (ExecuTorch makes them of the
+contents), places in its constant segment.
 """
 
 from __future__ import annotations
@@ -81,52 +82,53 @@ def _onnx(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _coreml(path: Path) -> Iterator[tuple[str, Any]]:
-    from bundle.runtimes.mil_graph import block_of
+    from bundle.runtimes.mil_graph import blocks_of
     from bundle.runtimes.mil_proto import read_spec, weight_path
     from bundle.runtimes.mil_weights import WeightFile
 
     weights = WeightFile(weight_path(path))
-    for operation in block_of(read_spec(path)).operations:
-        values = [*operation.attributes.items()] if operation.type == "const" else []
-        values += [
-            (name, argument.arguments[0].value)
-            for name, argument in operation.inputs.items()
-            if argument.arguments and argument.arguments[0].WhichOneof("binding") == "value"
-        ]
-        for name, value in values:
-            if value.WhichOneof("value") == "blobFileValue":
-                key = operation.outputs[0].name if name == "val" else f"{operation.outputs[0].name}.{name}"
-                yield key, np.ascontiguousarray(weights.blob(int(value.blobFileValue.offset)))
+    seen: dict[int, str] = {}  # functions of a package share weights
+    for block in blocks_of(read_spec(path)):
+        for operation in block.operations:
+            for key, value in _blobs(operation):
+                offset = int(value.blobFileValue.offset)
+                if offset not in seen:
+                    name = f"{key} at {offset}" if key in seen.values() else key
+                    seen[offset] = name
+                    yield name, np.ascontiguousarray(weights.blob(offset))
+
+
+def _blobs(operation: Any) -> Iterator[tuple[str, Any]]:
+    """Name and place of every constant of an operation that lies in weight.bin."""
+    values = [*operation.attributes.items()] if operation.type == "const" else []
+    values += [
+        (name, argument.arguments[0].value)
+        for name, argument in operation.inputs.items()
+        if argument.arguments and argument.arguments[0].WhichOneof("binding") == "value"
+    ]
+    for name, value in values:
+        if value.WhichOneof("value") == "blobFileValue":
+            yield operation.outputs[0].name if name == "val" else f"{operation.outputs[0].name}.{name}", value
+
+
+def _coreai(path: Path) -> Iterator[tuple[str, Any]]:
+    from bundle.runtimes.coreai_asset import named_constants
+
+    yield from named_constants(path)
 
 
 def _executorch(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        program_of = import_module("executorch.exir._serialize._flatbuffer_program")._flatbuffer_to_program
-        header_of = import_module("executorch.exir._serialize._program")._get_extended_header
-    except ModuleNotFoundError as error:
-        raise missing_extra((error.name or "executorch").split(".")[0], "executorch") from error
+    from bundle.pte import open_pte
+
+    opened = open_pte(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        header = header_of(whole[:64])
-        program = program_of(whole[: header.program_size])
-
-        def segment(index: int) -> tuple[int, int]:
-            start = header.segment_base_offset + program.segments[index].offset
-            return start, start + program.segments[index].size
-
-        for entry in program.named_data:
-            start, end = segment(entry.segment_index)
-            yield entry.key, whole[start:end]
-        shared = program.constant_segment
-        if shared is None or not shared.offsets:
-            return
-        start, end = segment(shared.segment_index)
-        bounds = [start + offset for offset in shared.offsets] + [end]
-        for index, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            yield f"constant_segment.{index}", whole[first:last]
+        for key, start, end in opened.constants():
+            yield key, whole[start:end]
 
 
 READERS: dict[Target, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     "onnx": _onnx,
     "executorch": _executorch,
     "coreml": _coreml,
+    "coreai": _coreai,
 }

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-EXTRAS = ("distill", "data", "onnx", "executorch", "coreml", "bench")
+EXTRAS = ("distill", "data", "onnx", "executorch", "coreml", "coreai", "bench")
 State = Literal["ok", "untested", "missing"]
 
 
@@ -41,8 +41,8 @@ DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("tyro", "==1.0.17", "1.0.17", ()),
     Dependency("pyyaml", ">=6", "6.0.3", ()),
     Dependency("psutil", ">=7", "7.2.2", ()),
-    Dependency("torch", "==2.13.0", "2.13.0", ("distill", "onnx", "executorch", "coreml")),
-    Dependency("transformers", "==5.23.0", "5.23.0", ("distill", "onnx", "executorch", "coreml")),
+    Dependency("torch", "==2.13.0", "2.13.0", ("distill", "onnx", "executorch", "coreml", "coreai")),
+    Dependency("transformers", "==5.23.0", "5.23.0", ("distill", "onnx", "executorch", "coreml", "coreai")),
     Dependency("accelerate", "==1.15.0", "1.15.0", ("distill",)),
     Dependency("peft", "==0.21.2", "0.21.2", ("distill",)),
     Dependency("tensorboard", ">=2.20", "2.21.0", ("distill",)),
@@ -56,6 +56,8 @@ DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("torchao", "==0.18.0", "0.18.0", ("executorch",)),
     Dependency("coremltools", "==9.0", "9.0", ("coreml",)),
     Dependency("scipy", ">=1.17,<1.18", "1.17.1", ("coreml", "bench")),
+    Dependency("coreai-torch", "==0.4.3", "0.4.3", ("coreai",)),
+    Dependency("coreai-core", "==1.0.0b3", "1.0.0b3", ("coreai",)),
     Dependency("plotly", ">=6,<8", "7.1.0", ("bench",)),
     Dependency("jinja2", ">=3.1", "3.1.6", ("distill", "bench")),
 )

@@ -18,7 +18,7 @@ from typing import Literal
 
 from bundle.dependencies import Found, look_up, of_extra
 
-TARGETS = ("onnx", "executorch", "coreml")
+TARGETS = ("onnx", "executorch", "coreml", "coreai")
 LAYERS = ("import", "export", "run")
 PYTHON = (3, 11)
 LIMIT_S = 300  # a target takes 5 to 20 s on an idle machine

@@ -26,7 +26,7 @@ class DoctorConfig:
     that is installed works; 1: something installed is broken; its first broken layer is named with what mends it.
     """
 
-    target: Annotated[tuple[Literal["onnx", "executorch", "coreml"], ...], tyro.conf.UseAppendAction] = ()
+    target: Annotated[tuple[Literal["onnx", "executorch", "coreml", "coreai"], ...], tyro.conf.UseAppendAction] = ()
     """try only this target; may be repeated; default: all"""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """end with one line of JSON on stdout"""

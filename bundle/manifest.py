@@ -15,13 +15,15 @@ MANIFEST_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 
-Target = Literal["onnx", "executorch", "coreml"]
+Target = Literal["onnx", "executorch", "coreml", "coreai"]
+Backend = Literal["xnnpack", "coreml", "vulkan"]
 Precision = Literal["int4", "int8", "fp16", "fp32"]
 GraphName = Literal["vision_encoder", "token_embedding", "text_decoder"]
 Stage = Literal["prompt", "pixels", "visual_tokens", "embeddings", "first_logits", "greedy_tokens"]
 STAGES: tuple[Stage, ...] = ("prompt", "pixels", "visual_tokens", "embeddings", "first_logits", "greedy_tokens")
 VectorSet = Literal["float", "dequantized"]
 VECTOR_SETS: tuple[VectorSet, ...] = ("float", "dequantized")
+Engine = Literal["gpu", "ane"]  # of Core ML's graphs: whose rules they keep
 # What computes: kernels round differently from one to the other (bundle/tolerances.py)
 Family = Literal["x86_64-vnni", "x86_64-avx2", "arm64-i8mm", "arm64-dotprod", "arm64", "apple", "evaluator"]
 
@@ -50,8 +52,12 @@ class Tensor(Frozen):
 class Graph(Frozen):
     """One of the three graphs: where it lies and what goes in and out."""
 
-    path: str = Field(description="file, or .mlpackage folder, relative to the bundle")
+    path: str = Field(description="file, or .mlpackage or .aimodel folder, relative to the bundle")
     method: str | None = Field(default=None, description="entry point, where one file holds several (ExecuTorch)")
+    backend: Backend | None = Field(
+        default=None,
+        description="what it was lowered to, where a target has several (ExecuTorch)",
+    )
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     states: tuple[Tensor, ...] = ()
@@ -154,6 +160,20 @@ class PrefixCache(Frozen):
     )
 
 
+class CoreMl(Frozen):
+    """What a runner of Core ML packages needs beside the graphs' inputs."""
+
+    engine: Engine = Field(description="gpu: sizes are dynamic; ane: Neural Engine, sizes are static")
+    functions: dict[str, int] = Field(
+        default={},
+        description="entry points of the embedding and the decoder, and the rows that each takes at once: a dimension "
+        "of null is that number; empty: one entry point, any number",
+    )
+    rope_theta: float | None = Field(
+        default=None, description="base of the rotary embedding, where the runner hands in cosines and sines"
+    )
+
+
 class Source(Frozen):
     """The checkpoint that the bundle was made of."""
 
@@ -180,6 +200,7 @@ class Manifest(Frozen):
     tokenizer: TokenizerSpec
     golden: Golden
     prefix_cache: PrefixCache | None = None
+    coreml: CoreMl | None = Field(default=None, description="of target coreml")
     parity: Parity | None = None
     files: dict[str, FileRecord]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bundle.diagnosis import Diagnosis, StageResult, diagnose
-from bundle.errors import UsageError
+from bundle.errors import BackendMissingError, UsageError
 from bundle.golden import Recording, read_golden
 from bundle.manifest import STAGES, Family, Manifest, Stage, check_files, read_manifest
 from bundle.prefix_check import PrefixCheck, check_prefix
 from bundle.replay import Measured, Replay, quantization_errors, replay
-from bundle.runtimes.registry import RuntimeEntry, no_runtime, runtime_entries
+from bundle.runtimes.registry import RuntimeEntry, no_runtime, runs_elsewhere, runtime_entries
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,9 @@ def verify_with_reasons(
     """``verify_bundle``, and the runtimes that were left out with their reasons."""
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
+    elsewhere = runs_elsewhere(manifest)
+    if elsewhere is not None:
+        raise BackendMissingError(f"{bundle}: files are whole, but nothing was verified: {elsewhere}")
     recording = read_golden(bundle, manifest)
     names: tuple[str | None, ...] = runtimes if runtimes else (None,)
     entries = [entry for name in names for entry in runtime_entries(manifest.target, name)]

@@ -30,7 +30,8 @@ class VerifyConfig:
     bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
     """directory that alignkd-export wrote"""
     runtime: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """only this runtime (onnx, executorch, coreml, coreml_interpreter); may be repeated; default: all of this host"""
+    """only this runtime (onnx, executorch, coreml, coreml_interpreter, coreai, coreai_interpreter); may be repeated;
+    default: all of this host"""
     tolerance_scale: Annotated[float, tyro.conf.arg(metavar="X")] = 1.0
     """multiplies every tolerance, to measure a processor that has no numbers of its own yet"""
     compare: Annotated[Path | None, tyro.conf.arg(metavar="OTHER")] = None

@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import tyro
 
 from bundle.errors import UsageError, missing_extra, run_command
-from bundle.manifest import Precision, Target
+from bundle.manifest import Backend, Engine, Precision, Target
 from export.targets import known_target
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ExportConfig:
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """directory with config.json, *.safetensors and a tokenizer: by alignkd-distill, MobileVLM V2 as published, or a
     LlavaForConditionalGeneration of LLaMA or Qwen2 with CLIP or SigLIP (docs/models.md)"""
-    target: Annotated[str, tyro.conf.arg(metavar="{executorch,coreml,onnx}")]
+    target: Annotated[str, tyro.conf.arg(metavar="{executorch,coreml,onnx,coreai}")]
     """which runtime the graphs are for"""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """the bundle's directory; must not exist"""
@@ -53,8 +53,14 @@ class ExportConfig:
     """with --target onnx --int4: the embedding table int4 too, half its bytes at ten times its error"""
     fp16_cache: Flag = False
     """with --target onnx at int4 or int8: keys and values as float16, half their memory"""
+    backend: Annotated[str | None, tyro.conf.arg(metavar="{xnnpack,coreml,vulkan}")] = None
+    """with --target executorch: what computes the vision encoder; the decoder stays on XNNPACK (default: xnnpack)"""
+    float_vision: Flag = False
+    """with --target executorch at int4 or int8 on XNNPACK: the vision encoder's matrices as float32, not int8"""
     prefix_cache: Flag = False
     """with --target onnx: ship keys and values of the constant text before the image; no prompt computes them then"""
+    engine: Annotated[Engine | None, tyro.conf.arg(metavar="{gpu,ane}")] = None
+    """with --target coreml: gpu (the default) has dynamic sizes, ane the Neural Engine's layouts, int4 as tables"""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """name in the manifest; default: CHECKPOINT-TARGET-PRECISION"""
     json: Flag = False
@@ -79,6 +85,8 @@ def export(config: ExportConfig) -> int:
     """Run one export and print where the bundle lies."""
     target, precision = known_target(config.target), chosen_precision(config)
     _check_onnx_options(config, target, precision)
+    _check_executorch_options(config, target, precision)
+    _check_engine(config, target, precision)
     start = time.monotonic()
     manifest = _run(config, target, precision)
     if config.json:
@@ -106,9 +114,30 @@ def _check_onnx_options(config: ExportConfig, target: Target, precision: Precisi
             )
 
 
+def _check_executorch_options(config: ExportConfig, target: Target, precision: Precision) -> None:
+    if config.backend is not None and target != "executorch":
+        raise UsageError(f"--backend is for --target executorch, not --target {target}; leave it out")
+    if config.backend is not None and config.backend not in get_args(Backend):
+        listed = ", ".join(get_args(Backend))
+        raise UsageError(f"--backend '{config.backend}' is unknown; allowed: {listed}; run: alignkd-export --help")
+    integers = precision in ("int4", "int8")
+    if config.float_vision and (target != "executorch" or config.backend not in (None, "xnnpack") or not integers):
+        given = f"--target {target} --{precision}" + (f" --backend {config.backend}" if config.backend else "")
+        raise UsageError(
+            f"--float-vision is for --target executorch --int4 or --int8 on XNNPACK, not {given}; leave it out"
+        )
+
+
+def _check_engine(config: ExportConfig, target: Target, precision: Precision) -> None:
+    if config.engine is not None and target != "coreml":
+        raise UsageError(f"--engine is for --target coreml, not --target {target}; leave it out")
+    if config.engine == "ane" and precision == "fp32":
+        raise UsageError("--engine ane computes in float16 and not at --fp32; use --fp16, or --engine gpu")
+
+
 def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest:
     try:
-        from export.contract import OnnxOptions
+        from export.contract import CoreMlOptions, ExecutorchOptions, OnnxOptions
         from export.frame import ExportJob, export_bundle
     except ModuleNotFoundError as error:
         raise missing_extra((error.name or "torch").split(".")[0], target) from error
@@ -128,11 +157,17 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
         config.context_length,
         config.name,
         OnnxOptions(config.int4_embedding, config.fp16_cache),
+        ExecutorchOptions(_known_backend(config.backend), config.float_vision),
+        CoreMlOptions(config.engine or "gpu"),
         config.prefix_cache,
     )
     manifest = export_bundle(job, progress)
     progress(f"peak memory of this process {peak_memory_bytes() / (1 << 30):.2f} GiB")
     return manifest
+
+
+def _known_backend(name: str | None) -> Backend:
+    return next((backend for backend in get_args(Backend) if backend == name), "xnnpack")
 
 
 def peak_memory_bytes() -> int:
@@ -142,7 +177,7 @@ def peak_memory_bytes() -> int:
 
 
 def _as_json(config: ExportConfig, manifest: Manifest, seconds: float) -> dict[str, object]:
-    assert manifest.parity is not None
+    parity = manifest.parity  # None of what only a device can run
     return {
         "bundle": str(config.output),
         "name": manifest.name,
@@ -151,10 +186,10 @@ def _as_json(config: ExportConfig, manifest: Manifest, seconds: float) -> dict[s
         "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(),
-        "runtime": manifest.parity.runtime,
-        "graph_error": {stage: parity.relative_error for stage, parity in manifest.parity.graph_error.items()},
-        "quantization_error": dict(manifest.parity.quantization_error),
-        "total_error": dict(manifest.parity.total_error),
+        "runtime": parity and parity.runtime,
+        "graph_error": parity and {stage: found.relative_error for stage, found in parity.graph_error.items()},
+        "quantization_error": parity and dict(parity.quantization_error),
+        "total_error": parity and dict(parity.total_error),
     }
 
 

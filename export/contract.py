@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bundle.manifest import Graph, GraphName, GraphQuantization, Precision
+from bundle.manifest import Backend, CoreMl, Engine, Graph, GraphName, GraphQuantization, Precision
 from distill.models.mobilevlm import MobileVlm
-from export.recipe import Storage
+from export.recipe import VISION_LINEARS, Storage, storage_of
 from export.work_folder import WorkFolder
 
 EMBEDDING = "language_model.embed_tokens.weight"
 INT4_GROUP = 32
+PALETTE_ROWS = 16
 
 
 class LazyWeights(Mapping[str, torch.Tensor], ABC):
@@ -31,6 +33,25 @@ class LazyWeights(Mapping[str, torch.Tensor], ABC):
 
     def __contains__(self, name: object) -> bool:
         return any(name == other for other in self)  # Mapping's own would read the weight
+
+
+class JoinedWeights(LazyWeights):
+    """The weights of several mappings that have no name in common."""
+
+    def __init__(self, *parts: LazyWeights) -> None:
+        self._of = {name: part for part in parts for name in part}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._of[name][name]
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        self._of[name].read_into(name, out)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
 
 
 def read_weight(weights: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
@@ -55,6 +76,43 @@ class OnnxOptions:
 
 
 @dataclass(frozen=True)
+class ExecutorchOptions:
+    """What only the ExecuTorch target offers."""
+
+    backend: Backend = "xnnpack"  # of the vision encoder; the decoder's cache needs XNNPACK (executorch_lower.py)
+    float_vision: bool = False  # vision matrices as float32 at int4 and int8, on XNNPACK
+
+    def storages(self, shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> dict[str, Storage]:
+        """Weights that are stored otherwise than the recipe says."""
+        if precision not in ("int4", "int8") or not (self.float_vision or self.backend == "vulkan"):
+            return {}
+        # Vulkan's partitioner left torchao's 8-bit weights to be dequantized before every product; halves it takes
+        storage = Storage(32 if self.float_vision else 16, None)
+        return {name: storage for name in shapes if re.fullmatch(VISION_LINEARS, name)}
+
+
+@dataclass(frozen=True)
+class CoreMlOptions:
+    """What only the Core ML target offers."""
+
+    engine: Engine = "gpu"
+
+    def storages(self, shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> dict[str, Storage]:
+        """Weights that are stored otherwise than the recipe says.
+
+        The Neural Engine reads 4-bit weights from tables of 16 values, one for 16 output channels; on integers with
+        scales per block its compiler gives up (docs/exports.md).
+        """
+        if self.engine == "gpu":
+            return {}
+        return {
+            name: Storage(4, None, PALETTE_ROWS)
+            for name, shape in shapes.items()
+            if storage_of(name, shape, precision).bits == 4 and shape[0] % PALETTE_ROWS == 0
+        }
+
+
+@dataclass(frozen=True)
 class ExportRequest:
     """One model to be written at one precision into the bundle directory under construction."""
 
@@ -69,6 +127,8 @@ class ExportRequest:
     weights: Mapping[str, torch.Tensor] | None = None  # lazy, of a streamed model; None: those of ``vlm``
     work: WorkFolder | None = None  # where finished graphs are noted, to be used again after a kill
     onnx: OnnxOptions = OnnxOptions()
+    executorch: ExecutorchOptions = ExecutorchOptions()
+    coreml: CoreMlOptions = CoreMlOptions()
 
 
 @dataclass(frozen=True)
@@ -80,8 +140,10 @@ class ExportedGraphs:
             weight that quantization or rounding changed. The golden vectors are recorded with these weights, so that
             the verifier separates an error of the graph from the error of quantization. A lazy mapping may read each
             weight from the files when asked: a full copy of a large model need not fit into memory.
+        coreml: what a runner needs to know of target coreml.
     """
 
     graphs: dict[GraphName, Graph]
     quantization: dict[GraphName, GraphQuantization]
     dequantized: Mapping[str, torch.Tensor]
+    coreml: CoreMl | None = None

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from bundle.errors import VerificationError
-from bundle.manifest import Graph, Tensor
-from bundle.runtimes.mil_graph import KNOWN_OPERATIONS, block_of
+from bundle.manifest import Engine, Graph, Tensor
+from bundle.runtimes.mil_graph import KNOWN_OPERATIONS, block_of, description_of
 from bundle.runtimes.mil_proto import read_spec, weight_path
 from bundle.runtimes.mil_weights import FLOAT32
+from export.coreml_ane_checks import check_engine_rules
+from export.coreml_fill import MAIN
+from export.coreml_parts import with_rows
 
 SPECIFICATION_VERSION = 9  # iOS 18: states, per-block int4
 # FeatureTypes.proto, ArrayFeatureType.ArrayDataType
@@ -35,10 +38,13 @@ class Budget:
     spare_bytes: int
 
 
-def check_package(package: Path, graph: Graph, longest: int, budget: Budget) -> None:
-    """Compare a package with its row in the manifest and with the recipe.
+def check_package(
+    package: Path, graph: Graph, functions: Mapping[str, int | None], longest: int, budget: Budget, engine: Engine
+) -> None:
+    """Compare a package with its row in the manifest, with the recipe and with the engine's rules.
 
     Args:
+        functions: entry point -> rows that it takes at once; None: any number.
         longest: upper bound of every dynamic dimension.
 
     Raises:
@@ -46,14 +52,20 @@ def check_package(package: Path, graph: Graph, longest: int, budget: Budget) -> 
     """
     spec = read_spec(package)
     _expect(package, "specification version", spec.specificationVersion, SPECIFICATION_VERSION)
-    _check_features(package, "input", spec.description.input, graph.inputs, longest)
-    _check_features(package, "output", spec.description.output, graph.outputs, longest)
-    _check_states(package, spec, graph)
-    block = block_of(spec)
-    unknown = sorted({operation.type for operation in block.operations} - KNOWN_OPERATIONS)
-    _expect(package, "operations outside the tested ones", unknown, [])
-    if all(tensor.dtype != "float32" for tensor in (*graph.inputs, *graph.outputs)):
-        _expect(package, "float32 results in a float16 program", _float32_results(block), [])
+    _expect(package, "functions", sorted(spec.mlProgram.functions), sorted(functions))
+    for function, rows in functions.items():
+        described = description_of(spec, None if function == MAIN else function)
+        wanted = with_rows(graph, rows)
+        _check_features(package, "input", described.input, wanted.inputs, longest)
+        _check_features(package, "output", described.output, wanted.outputs, longest)
+        _check_states(package, described, graph)
+        block = block_of(spec, function)
+        unknown = sorted({operation.type for operation in block.operations} - KNOWN_OPERATIONS)
+        _expect(package, "operations outside the tested ones", unknown, [])
+        if all(tensor.dtype != "float32" for tensor in (*graph.inputs, *graph.outputs)):
+            _expect(package, "float32 results in a float16 program", _float32_results(block), [])
+        if engine == "ane":
+            check_engine_rules(package, function, block, graph)
     _check_bytes(package, budget)
 
 
@@ -77,13 +89,13 @@ def _wanted_bounds(tensor: Tensor, longest: int) -> list[tuple[int, int]]:
     return [(1, longest) if size is None else (size, size) for size in tensor.shape]
 
 
-def _check_states(package: Path, spec: Any, graph: Graph) -> None:
+def _check_states(package: Path, described: Any, graph: Graph) -> None:
     found = {
         state.name: (
             ARRAY_DTYPES.get(state.type.stateType.arrayType.dataType),
             tuple(state.type.stateType.arrayType.shape),
         )
-        for state in spec.description.state
+        for state in described.state
     }
     _expect(package, "states", found, {tensor.name: (tensor.dtype, tensor.shape) for tensor in graph.states})
 

@@ -1,27 +1,50 @@
-"""A traced module -> a Core ML package on disk: conversion, weight quantization, and the same bytes on every run."""
+"""A module with placeholders -> an iOS 18 ML program, its small constants, and none of its matrices."""
 
 from __future__ import annotations
 
 import io
-import json
-import uuid
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bundle.errors import missing_extra
 from bundle.manifest import Graph, Precision, Tensor
-from bundle.runtimes.mil_proto import DATA_FOLDER, MODEL_FILE, read_spec
-from export.recipe import Storage
+from bundle.runtimes.mil_graph import block_of
+from bundle.runtimes.mil_proto import read_spec, weight_path
+from bundle.runtimes.mil_weights import WeightFile, read_value
 
-CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
-# merging equal constants would rename them, and names are how weights are read back
-KEPT_APART = "common::const_deduplication"
+# Merging equal constants would rename them, and names are how weights are found again; the others compute weights of
+# convolutions anew from what are placeholders here, or make operations (batch_norm) that nobody asked for.
+LEFT_OUT = frozenset(
+    {
+        "common::const_deduplication",
+        "common::fuse_conv_scale",
+        "common::fuse_conv_bias",
+        "common::fuse_conv_batchnorm",
+        "common::fuse_elementwise_to_batchnorm",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One function of an ML program.
+
+    Attributes:
+        spec: the converter's Model message; its constants point into a file that is gone.
+        constants: name -> value of every constant that lay in that file, but for the placeholders.
+    """
+
+    spec: Any
+    constants: dict[str, NDArray[Any]]
 
 
 @contextmanager
@@ -53,16 +76,38 @@ def convert(
     graph: Graph,
     precision: Precision,
     longest: int,
-) -> Any:
-    """Trace ``module`` on ``example`` and convert it to an iOS 18 ML program; returns an MLModel.
+    placeholders: frozenset[str],
+    room: Path,
+) -> Converted:
+    """Trace ``module`` on ``example`` and convert it.
 
     Args:
         example: sizes of dynamic dimensions must differ from each other and from 1, or they are baked into the graph.
         longest: upper bound of every dynamic dimension (None in a Tensor's shape).
+        placeholders: constants, by ``flat_name``, that are not read.
+        room: a folder for the converter's file of all constants, placeholders included; it is removed again.
     """
     ct = load_coremltools()
+    with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(dir=room) as folder:
+        package = Path(folder) / "converted.mlpackage"
+        traced = torch.jit.trace(module.eval(), example, check_trace=False)
+        with _temporary_files_in(folder):
+            _convert(ct, traced, example, graph, precision, longest, package)
+        spec = read_spec(package)
+        return Converted(spec, _constants(spec, package, placeholders))
+
+
+def _convert(
+    ct: Any,
+    traced: Any,
+    example: tuple[torch.Tensor, ...],
+    graph: Graph,
+    precision: Precision,
+    longest: int,
+    package: Path,
+) -> None:
     pipeline = ct.PassPipeline()
-    pipeline.remove_passes({KEPT_APART})
+    pipeline.remove_passes(LEFT_OUT)
     ranges: dict[int, Any] = {}  # one object per size of the example: equal sizes stay equal in the program
 
     def shape(tensor: Tensor, sizes: Sequence[int]) -> tuple[Any, ...]:
@@ -71,63 +116,56 @@ def convert(
             for dimension, size in zip(tensor.shape, sizes, strict=True)
         )
 
-    with quiet(), torch.no_grad():
-        traced = torch.jit.trace(module.eval(), example, check_trace=False)
-        return ct.convert(
-            traced,
-            inputs=[
-                ct.TensorType(tensor.name, shape(tensor, value.shape), dtype=np.dtype(tensor.dtype).type)
-                for tensor, value in zip(graph.inputs, example, strict=True)
-            ],
-            outputs=[ct.TensorType(tensor.name, dtype=np.dtype(tensor.dtype).type) for tensor in graph.outputs],
-            states=[
-                ct.StateType(ct.TensorType(shape=tensor.shape, dtype=np.dtype(tensor.dtype).type), name=tensor.name)
-                for tensor in graph.states
-            ]
-            or None,
-            minimum_deployment_target=ct.target.iOS18,
-            compute_precision=ct.precision.FLOAT32 if precision == "fp32" else ct.precision.FLOAT16,
-            pass_pipeline=pipeline,
-            skip_model_load=True,
-        )
+    ct.convert(
+        traced,
+        inputs=[
+            ct.TensorType(tensor.name, shape(tensor, value.shape), dtype=np.dtype(tensor.dtype).type)
+            for tensor, value in zip(graph.inputs, example, strict=True)
+        ],
+        outputs=[ct.TensorType(tensor.name, dtype=np.dtype(tensor.dtype).type) for tensor in graph.outputs],
+        states=[
+            ct.StateType(ct.TensorType(shape=tensor.shape, dtype=np.dtype(tensor.dtype).type), name=tensor.name)
+            for tensor in graph.states
+        ]
+        or None,
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.precision.FLOAT32 if precision == "fp32" else ct.precision.FLOAT16,
+        pass_pipeline=pipeline,
+        package_dir=str(package),
+        skip_model_load=True,
+    )
 
 
-def quantize(model: Any, storage: Mapping[str, Storage]) -> Any:
-    """Quantize the constants named in ``storage``, symmetrically, and no others.
-
-    A config for all constants would take the RoPE tables too, which cost 15 times the error of int4 weights' own graph.
-    """
-    if not storage:
-        return model
-    optimize = load_coremltools().optimize.coreml
-    configs = {
-        name: optimize.OpLinearQuantizerConfig(
-            mode="linear_symmetric",
-            dtype=f"int{rule.bits}",
-            granularity="per_channel" if rule.group_size is None else "per_block",
-            block_size=rule.group_size or 0,
-            weight_threshold=0,
-        )
-        for name, rule in storage.items()
-    }
-    with quiet():
-        return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(op_name_configs=configs))
+@contextmanager
+def _temporary_files_in(folder: str) -> Iterator[None]:
+    """coremltools writes its file of constants wherever temporary files go, which may be memory."""
+    before = tempfile.tempdir
+    tempfile.tempdir = folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
-def save_package(model: Any, package: Path) -> None:
-    """Save, then drop what differs between runs: the conversion date, random item ids and the order of maps."""
-    with quiet():
-        model.save(str(package))
-    spec = read_spec(package)
-    spec.description.metadata.userDefined.pop(CONVERSION_DATE, None)
-    (package / DATA_FOLDER / MODEL_FILE).write_bytes(spec.SerializeToString(deterministic=True))
-    _name_items_by_path(package / "Manifest.json")
+def _constants(spec: Any, package: Path, placeholders: frozenset[str]) -> dict[str, NDArray[Any]]:
+    weights = WeightFile(weight_path(package))
+    found: dict[str, NDArray[Any]] = {}
+    for operation in block_of(spec).operations:
+        if operation.type != "const":
+            continue
+        name, value = operation.outputs[0].name, operation.attributes["val"]
+        if value.WhichOneof("value") == "blobFileValue" and plain_name(name) not in placeholders:
+            read = read_value(value, weights)
+            assert isinstance(read, np.ndarray)
+            found[name] = read.copy()
+    return found
 
 
-def _name_items_by_path(manifest: Path) -> None:
-    content = json.loads(manifest.read_text(encoding="utf-8"))
-    entries = content["itemInfoEntries"]
-    names = {old: str(uuid.uuid5(uuid.NAMESPACE_URL, entry["path"])).upper() for old, entry in entries.items()}
-    content["itemInfoEntries"] = {names[old]: entries[old] for old in sorted(names, key=lambda old: names[old])}
-    content["rootModelIdentifier"] = names[content["rootModelIdentifier"]]
-    manifest.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+def flat_name(parameter: str) -> str:
+    """The converter's spelling of a parameter's name."""
+    return parameter.replace(".", "_")
+
+
+def plain_name(constant: str) -> str:
+    """A constant's name without what the converter hangs on it."""
+    return constant.removesuffix("_to_fp16")

@@ -1,8 +1,8 @@
-"""A written .mlpackage and the float weights it was made of -> the weights it really holds, checked one by one."""
+"""Written .mlpackages -> the weights that they really hold, each held against the checkpoint's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,20 @@ import torch
 from numpy.typing import NDArray
 
 from bundle.errors import VerificationError
-from bundle.runtimes.mil_graph import block_of, constexpr_inputs, decompress
+from bundle.runtimes.mil_graph import blocks_of, constexpr_inputs, decompress
 from bundle.runtimes.mil_layers import CONSTEXPR, spread
 from bundle.runtimes.mil_proto import read_spec, weight_path
 from bundle.runtimes.mil_weights import DTYPES, SUB_BYTE_BITS, WeightFile, read_value
+from export.contract import LazyWeights
+from export.coreml_convert import flat_name, plain_name
+from export.coreml_layout import Layout
+from export.palette import to_nearest
+from export.recipe import Storage
 
 FLOAT16_STEP = 2.0**-11  # relative rounding error of float16
 SMALLEST_FLOAT16 = 2.0**-24
-# coremltools divides by the scale in float16, so a quotient near .5 may round either way: 0.53 steps seen for int8
+# A quotient near .5 may round either way, because the scale is rounded to float16 behind the division.
 STEP_SHARE = 0.55
-CONVERTER_SUFFIXES = ("_quantized", "_to_fp16")
 
 
 @dataclass(frozen=True)
@@ -30,90 +34,144 @@ class StoredWeight:
 
     Attributes:
         values: float32, as the program computes with it.
-        step: the quantization step of each value; 0 where it is stored as a float.
-        bits: per stored value, scales not counted.
+        reach: the quantization step of each value; 0 where it is stored as a float or by a table.
+        bits: per stored value, scales and tables not counted.
     """
 
     values: NDArray[np.float32]
-    step: NDArray[np.float32]
+    reach: NDArray[np.float32]
     bits: int
 
 
-def flat_name(state_name: str) -> str:
-    """The converter's spelling of a state-dict name."""
-    return state_name.replace(".", "_")
+class Package:
+    """The constants of one .mlpackage by the converter's name without its suffixes, read when they are asked for."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._weights = WeightFile(weight_path(path))
+        self._operations: dict[str, Any] = {}
+        for block in blocks_of(read_spec(path)):
+            for operation in block.operations:
+                if operation.type in CONSTEXPR or (operation.type == "const" and _is_float_array(operation)):
+                    self._operations.setdefault(plain_name(operation.outputs[0].name), operation)
 
-def stored_weights(package: Path) -> dict[str, StoredWeight]:
-    """Every float constant with a shape, by the converter's name without its suffixes."""
-    weights = WeightFile(weight_path(package))
-    found: dict[str, StoredWeight] = {}
-    constants: dict[str, Any] = {}
-    for operation in block_of(read_spec(package)).operations:
-        name = operation.outputs[0].name if operation.outputs else ""
+    def __contains__(self, name: str) -> bool:
+        return name in self._operations
+
+    def __getitem__(self, name: str) -> StoredWeight:
+        operation = self._operations[name]
         if operation.type == "const":
-            values = read_value(operation.attributes["val"], weights)
-            if not isinstance(values, np.ndarray):
-                continue
-            constants[name] = values
-            if values.ndim and np.issubdtype(values.dtype, np.floating):
-                bits = values.dtype.itemsize * 8
-                found[_plain(name)] = StoredWeight(values.astype(np.float32), np.zeros(1, np.float32), bits)
-        elif operation.type in CONSTEXPR:
-            found[_plain(name)] = _compressed(operation, weights, constants)
-    return found
+            values = read_value(operation.attributes["val"], self._weights)
+            assert isinstance(values, np.ndarray)
+            return StoredWeight(values.astype(np.float32), np.zeros(1, np.float32), values.dtype.itemsize * 8)
+        inputs = constexpr_inputs(operation, self._weights, {})
+        stored = "indices" if "lut" in inputs else "data"
+        dtype = int(operation.inputs[stored].arguments[0].value.type.tensorType.dataType)
+        bits = SUB_BYTE_BITS.get(dtype) or np.dtype(DTYPES[dtype]).itemsize * 8
+        values = decompress(operation, self._weights, {})
+        if stored == "indices":
+            return StoredWeight(values, np.zeros(1, np.float32), bits)
+        return StoredWeight(values, spread(inputs["scale"].astype(np.float32), values.shape), bits)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._operations)
+
+    def table_of(self, name: str) -> NDArray[np.float32] | None:
+        """Rising entries [tables, entries] of a palettized weight; table i is of the i-th equal share of the rows."""
+        operation = self._operations[name]
+        if operation.type != "constexpr_lut_to_dense":
+            return None
+        tables = constexpr_inputs(operation, self._weights, {})["lut"].astype(np.float32)
+        return np.sort(tables.reshape(-1, tables.shape[-2]), -1)
 
 
-def _compressed(operation: Any, weights: WeightFile, constants: dict[str, Any]) -> StoredWeight:
-    values = decompress(operation, weights, constants)
-    scale = constexpr_inputs(operation, weights, constants)["scale"].astype(np.float32)
-    argument = operation.inputs["data"].arguments[0]
-    dtype = int(argument.value.type.tensorType.dataType)
-    bits = SUB_BYTE_BITS.get(dtype) or np.dtype(DTYPES[dtype]).itemsize * 8
-    return StoredWeight(values, spread(scale, values.shape), bits)
+@dataclass(frozen=True)
+class Held:
+    """Which constant of which package holds a parameter."""
+
+    package: Package
+    constant: str
+    layout: Layout
 
 
-def _plain(name: str) -> str:
-    for suffix in CONVERTER_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
+class PackageWeights(LazyWeights):
+    """State-dict name -> the weight as the packages hold it, decompressed when it is asked for."""
+
+    def __init__(self, held: Mapping[str, tuple[Held, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._held, self._shapes = dict(held), shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [
+            entry.layout.restored(torch.from_numpy(entry.package[entry.constant].values), self._shapes[name])
+            for entry in self._held[name]
+        ]
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        out.copy_(self[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
-def read_back(package: Path, weights: Mapping[str, torch.Tensor], bits: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """The package's own values of ``weights`` (state-dict name -> float tensor).
+def check_weights(
+    path: Path, layouts: Mapping[str, Layout], storages: Mapping[str, Storage], weights: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[Held, ...]]:
+    """Compare every value in a package with its original; one weight at a time is in memory.
 
-    Every value is compared with its float original: the bound is half the step of its own scale, so a constant that
-    was given to the wrong layer, transposed or reordered cannot pass.
+    The bound is half the step of the value's own scale, or the nearest entry of its own table, so a constant that was
+    given to the wrong layer, transposed or reordered cannot pass.
+
+    Args:
+        layouts: parameter of the converted module -> the weight that it is made of.
+        storages: by parameter.
+        weights: state-dict name -> the checkpoint's weight.
+
+    Returns:
+        State-dict name -> where it is held, but for weights whose values are the same in any storage.
 
     Raises:
-        VerificationError: a weight is missing, is stored with other than its ``bits``, has another size, or is further
-            away than its step allows.
+        VerificationError: a weight is missing, is stored with other than its bits, has another size, or is further away
+            than its storage allows.
     """
-    stored = stored_weights(package)
-    by_name = {name: stored[flat_name(name)] for name in weights if flat_name(name) in stored}
-    values: dict[str, torch.Tensor] = {}
-    for name, wanted in weights.items():
-        weight = by_name.get(name) or _twin(wanted, weights, by_name)
-        if weight is None and _neutral(wanted):
-            values[name] = wanted.clone()
-            continue
-        if weight is None:
-            raise VerificationError(f"{package.name}: the converted program holds no constant for weight '{name}'")
-        if weight.bits != bits[name]:
+    package = Package(path)
+    held: dict[str, list[Held]] = {}
+    for parameter, layout in layouts.items():
+        wanted = layout.stored(weights[layout.name]).float()
+        constant = flat_name(parameter)
+        if constant not in package:
+            twin = _twin(package, wanted, layouts, weights)
+            if twin is None and _neutral(wanted):
+                continue
+            if twin is None:
+                raise VerificationError(
+                    f"{path.name}: the converted program holds no constant for weight '{parameter}'"
+                )
+            constant = twin
+        bits, found = storages[parameter].bits, package[constant]
+        if found.bits != bits:
             raise VerificationError(
-                f"{package.name}: weight '{name}' is stored in {weight.bits} bits, asked for {bits[name]}"
+                f"{path.name}: weight '{parameter}' is stored in {found.bits} bits, asked for {bits}"
             )
-        _compare(package, name, wanted.detach().numpy(), weight)
-        values[name] = torch.from_numpy(weight.values.reshape(wanted.shape).copy())
-    return values
+        _compare(path, parameter, wanted.numpy(), found, package.table_of(constant))
+        if bits < 32:
+            held.setdefault(layout.name, []).append(Held(package, constant, layout))
+    return {name: tuple(entries) for name, entries in held.items()}
 
 
 def _twin(
-    wanted: torch.Tensor, weights: Mapping[str, torch.Tensor], by_name: Mapping[str, StoredWeight]
-) -> StoredWeight | None:
+    package: Package, wanted: torch.Tensor, layouts: Mapping[str, Layout], weights: Mapping[str, torch.Tensor]
+) -> str | None:
     """coremltools stores equal constants once: another weight with the same float values."""
-    same = (name for name in by_name if weights[name].shape == wanted.shape and torch.equal(weights[name], wanted))
-    return next((by_name[name] for name in same), None)
+    for parameter, layout in layouts.items():
+        if flat_name(parameter) in package and len(weights[layout.name]) == len(wanted):
+            other = layout.stored(weights[layout.name]).float()
+            if other.shape == wanted.shape and torch.equal(other, wanted):
+                return flat_name(parameter)
+    return None
 
 
 def _neutral(wanted: torch.Tensor) -> bool:
@@ -121,18 +179,33 @@ def _neutral(wanted: torch.Tensor) -> bool:
     return bool((wanted == 1).all() or (wanted == 0).all())
 
 
-def _compare(package: Path, name: str, wanted: NDArray[np.float32], weight: StoredWeight) -> None:
-    if weight.values.size != wanted.size:
+def _compare(
+    path: Path, name: str, wanted: NDArray[np.float32], found: StoredWeight, tables: NDArray[np.float32] | None
+) -> None:
+    if found.values.size != wanted.size:
         raise VerificationError(
-            f"{package.name}: weight '{name}' has shape {list(weight.values.shape)}, not {list(wanted.shape)}"
+            f"{path.name}: weight '{name}' has shape {list(found.values.shape)}, not {list(wanted.shape)}"
         )
-    original = wanted.reshape(weight.values.shape)
-    allowed = STEP_SHARE * weight.step
-    if weight.bits < 32:
+    original = wanted.reshape(found.values.shape)
+    allowed = STEP_SHARE * found.reach if tables is None else _to_nearest(original, tables)
+    if found.bits < 32:
         allowed = allowed + 4 * FLOAT16_STEP * np.abs(original) + SMALLEST_FLOAT16
-    distance = np.abs(weight.values - original)
+    distance = np.abs(found.values - original)
     if not bool((distance <= allowed).all()):
         raise VerificationError(
-            f"{package.name}: weight '{name}' is up to {float(np.nanmax(distance)):.2e} from the checkpoint's, more "
-            f"than its {weight.bits}-bit steps allow"
+            f"{path.name}: weight '{name}' is up to {float(np.nanmax(distance)):.2e} from the checkpoint's, more "
+            f"than its {found.bits}-bit {'steps' if tables is None else 'table'} allows"
         )
+
+
+def _to_nearest(original: NDArray[np.float32], tables: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``to_nearest`` with a table for each equal share of the rows."""
+    shares = original.reshape(len(tables), -1)
+    allowed = [to_nearest(values, table) for values, table in zip(shares, tables, strict=True)]
+    return np.stack(allowed).reshape(original.shape)
+
+
+def _is_float_array(operation: Any) -> bool:
+    """A constant of floats with a shape: a weight, or a table."""
+    tensor = operation.attributes["val"].type.tensorType
+    return tensor.rank > 0 and np.issubdtype(DTYPES.get(int(tensor.dataType), np.bool_), np.floating)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, cast
 
@@ -17,22 +16,6 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEn
 from distill.models.mobilevlm import MobileVlm, selected_features
 from distill.models.parts import CLIP
 from distill.models.projector import LDPv2
-
-UNREAD_PARTS = {"post_layernorm", "head"}  # behind the selected layers; SigLIP's head pools for classification
-
-
-def weight_sharing_copy(vlm: MobileVlm) -> MobileVlm:
-    """A second module tree over the same weight tensors, without the tower layers that the projector never reads.
-
-    Replacing a weight of the copy (as quantization does) leaves ``vlm`` as it was, and costs no memory until then.
-    """
-    shared = {id(tensor): tensor for tensor in (*vlm.parameters(), *vlm.buffers())}
-    twin = copy.deepcopy(vlm, shared)
-    tower = twin.vision_tower
-    tower.encoder.layers = tower.encoder.layers[: twin.config.tower_layers]
-    for unread in UNREAD_PARTS & dict(tower.named_children()).keys():
-        delattr(tower, unread)
-    return twin
 
 
 class TanhGelu(nn.Module):
@@ -62,7 +45,7 @@ class VisionEncoder(nn.Module):
         self.has_class_token = vlm.config.vision_config.model_type == CLIP
         self.embeddings = tower.embeddings
         self.pre_norm = tower.pre_layrnorm if self.has_class_token else nn.Identity()
-        self.layers = nn.ModuleList(VisionLayer(layer) for layer in tower.encoder.layers)
+        self.layers = nn.ModuleList(VisionLayer(layer) for layer in tower.encoder.layers[: vlm.config.tower_layers])
         self.projector: Any = vlm.projector
         self.activation = activation_of(vlm.config.projector_activation)
 
@@ -124,8 +107,9 @@ class VisionLayer(nn.Module):
 class TokenEmbedding(nn.Module):
     """input_ids [1, T] int64 -> embeddings [1, T, D]."""
 
-    def __init__(self, vlm: MobileVlm) -> None:
+    def __init__(self, vlm: MobileVlm, context_length: int) -> None:
         super().__init__()
+        self.context_length = context_length
         self.embed_tokens = vlm.language_model.embed_tokens
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -143,7 +127,7 @@ class TextDecoder(nn.Module):
 
     def __init__(self, vlm: MobileVlm, context_length: int) -> None:
         super().__init__()
-        self.context_length = context_length
+        self.context_length, self.width = context_length, vlm.config.text_config.hidden_size
         self.layers = nn.ModuleList(TextLayer(layer, context_length) for layer in vlm.language_model.layers)
         self.norm = vlm.language_model.norm
         self.lm_head = vlm.lm_head

@@ -24,18 +24,20 @@ from bundle.manifest import (
     file_records,
     write_manifest,
 )
-from bundle.runtimes.registry import first_entry
+from bundle.runtimes.registry import first_entry, runs_elsewhere
 from bundle.staging import refuse_existing
 from bundle.tokenizer import open_tokenizer
 from bundle.verify import verdict_of
 from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
-from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
+from export.contract import CoreMlOptions, ExecutorchOptions, ExportedGraphs, ExportRequest, OnnxOptions
+from export.coreai_stock import write_stock_files
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.prefix import refuse_prefix, write_prefix
 from export.provenance import environment_of, source_of
+from export.recipe import Storage
 from export.recording import Recorded, record
 from export.room import STREAMED, check_room, release_free_memory
 from export.shape import model_shape
@@ -60,7 +62,14 @@ class ExportJob:
     context_length: int | None = None
     name: str | None = None
     onnx: OnnxOptions = OnnxOptions()
+    executorch: ExecutorchOptions = ExecutorchOptions()
+    coreml: CoreMlOptions = CoreMlOptions()
     prefix_cache: bool = False
+
+    def storages(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Storage]:
+        """Weights that are stored otherwise than the recipe says; options of other targets are at their defaults."""
+        executorch, coreml = (o.storages(shapes, self.precision) for o in (self.executorch, self.coreml))
+        return self.onnx.storages | executorch | coreml
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -100,6 +109,8 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 weights=model.weights,
                 work=work,
                 onnx=job.onnx,
+                executorch=job.executorch,
+                coreml=job.coreml,
             )
         )
         shutil.copyfile(processing.tokenizer_path, folder / processing.tokenizer.path)
@@ -107,12 +118,20 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
         release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
         manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded)
+        if job.target == "coreai":
+            patch_size = manifest.image.size // skeleton.config.patch_grid
+            write_stock_files(folder, manifest, processing.tokenizer_path, patch_size)
         record_constants(folder, manifest)
         if job.prefix_cache:
             manifest = manifest.model_copy(update={"prefix_cache": write_prefix(folder, manifest)})
             progress("keys and values of the constant prompt written")
-        parity = _check(folder, job, manifest)
-        progress(f"replayed on {parity.runtime}: every stage within tolerance")
+        elsewhere = runs_elsewhere(manifest)
+        parity = None if elsewhere else _check(folder, job, manifest)
+        progress(
+            f"written but not verified: {elsewhere}"
+            if parity is None
+            else f"replayed on {parity.runtime}: every stage within tolerance"
+        )
         manifest = manifest.model_copy(update={"parity": parity, "files": file_records(folder)})
         write_manifest(folder, manifest)
     return manifest
@@ -125,6 +144,8 @@ def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, 
         "precision": job.precision,
         "context_length": context_length,
         "onnx": asdict(job.onnx),
+        "executorch": asdict(job.executorch),
+        "coreml": asdict(job.coreml),
         "prefix_cache": job.prefix_cache,
         "weights_sha256": source.weights_sha256,
         "environment": environment_of(job.target),
@@ -152,7 +173,8 @@ def _record(
     folder: Path,
     progress: Callable[[str], None],
 ) -> Recorded:
-    plan = StoragePlan(job.target, job.precision, job.onnx.storages)
+    shapes = {name: tuple(weight.shape) for name, weight in model.vlm.state_dict().items()}
+    plan = StoragePlan(job.target, job.precision, job.storages(shapes))
     try:
         return record(model, dequantized, questions, plan, folder, progress)
     except VerificationError as error:
@@ -182,6 +204,7 @@ def _manifest(
         prompt=processing.prompt,
         tokenizer=processing.tokenizer,
         golden=recorded.golden(job.target, job.precision),
+        coreml=exported.coreml,
         files={},
     )
 

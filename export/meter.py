@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 SECONDS_BETWEEN = 5.0
+SECONDS_BETWEEN_SIGNS = 15.0
 
 
 class Meter:
@@ -32,6 +35,34 @@ class Meter:
             self._told = now
             left = (now - self._start) * (self._total - self._done) / self._done
             self._progress(f"{self._what}: {100 * self._done / self._total:.0f} %, about {duration(left)} left")
+
+
+@contextmanager
+def waiting(
+    what: str,
+    expected_seconds: float,
+    progress: Callable[[str], None],
+    every_seconds: float = SECONDS_BETWEEN_SIGNS,
+) -> Iterator[None]:
+    """Give a sign of life now and then while the block runs, of a library's call that tells nothing itself."""
+    start, over = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(every_seconds):
+            passed = time.monotonic() - start
+            left = expected_seconds - passed
+            rest = (
+                f"about {duration(left)} left" if left > 0 else f"longer than the {duration(expected_seconds)} expected"
+            )
+            progress(f"{what}: {duration(passed)}, {rest}")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def duration(seconds: float) -> str:

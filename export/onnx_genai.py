@@ -8,8 +8,6 @@ ids hold the image id, -200, once per visual token.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 from bundle.manifest import Graph, GraphName, ModelShape
 from bundle.staging import write_text_whole
 from export.contract import ExportRequest
+from export.hf_tokenizer import write_tokenizer
 from export.shape import model_shape
 
 CARRIER = "gemma3"
 CONFIG_FILE = "genai_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def write_genai(request: ExportRequest, graphs: dict[GraphName, Graph]) -> None:
@@ -70,23 +68,6 @@ def write_embedding_with_image(plain: Path, path: Path, image_id: int, hidden: i
     del graph.node[:]
     graph.node.extend([*before, *lookup, *after])
     path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def write_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json: the checkpoint's own, or tokenizer.model converted by transformers."""
-    if tokenizer.suffix == ".json":
-        for file in TOKENIZER_FILES:
-            if (tokenizer.parent / file).is_file():
-                shutil.copyfile(tokenizer.parent / file, folder / file)
-        return
-    from transformers import LlamaTokenizer
-
-    with tempfile.TemporaryDirectory(prefix="alignkd-tokenizer-") as name:
-        alone = Path(name)  # a checkpoint's own JSON files would ask for other classes
-        shutil.copyfile(tokenizer, alone / "tokenizer.model")
-        LlamaTokenizer.from_pretrained(alone).save_pretrained(alone)
-        for file in TOKENIZER_FILES:
-            shutil.copyfile(alone / file, folder / file)
 
 
 def genai_config(

@@ -16,6 +16,7 @@ from bundle.tokenizer import open_tokenizer
 REFUSALS: dict[Target, str] = {
     "executorch": "ExecuTorch's stock multimodal runner fills its KV cache by prefill alone; it cannot load one",
     "coreml": "a Core ML decoder keeps them as state, which an app must write itself: no app of ours does yet",
+    "coreai": "a Core AI decoder keeps them as state, which an app must write itself: no app of ours does yet",
 }
 
 

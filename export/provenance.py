@@ -27,6 +27,7 @@ def source_of(checkpoint: Path) -> Source:
 
 def environment_of(target: Target) -> dict[str, str]:
     """Versions of Python, the platform and the packages that write and run a target."""
-    found = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
+    installed = importlib.metadata.distributions()
+    found = {dist.name.lower().replace("-", "_"): dist.version for dist in installed if dist.name}
     versions = {name: found[name] for name in (*COMMON_PACKAGES, *PACKAGES[target]) if name in found}
     return {"python": platform.python_version(), "platform": platform.platform(), **versions}

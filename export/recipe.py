@@ -27,10 +27,16 @@ class QuantRule:
 
 @dataclass(frozen=True)
 class Storage:
-    """The rule's answer for one weight."""
+    """The rule's answer for one weight.
+
+    Attributes:
+        palette_rows: rows that share a table of 2**bits values, of which each weight stores a number; None: weights are
+            multiples of a scale.
+    """
 
     bits: Bits
     group_size: int | None
+    palette_rows: int | None = None
 
 
 DECODER_LINEARS = r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight"

@@ -24,9 +24,12 @@ SPARE_DISK_BYTES = 64 << 20  # tokenizer, JSON, pictures, padding to pages
 # which packs matrices anew for its kernels.
 PROCESS_BYTES = 800 << 20
 SESSION_PER_FILE_BYTE = 1.9
+# Measured on Core ML exports: the converter holds placeholders as float16 and makes ten float32 copies of one;
+# the evaluator holds all weights as float32.
+CONVERTED_BYTES, COPIES_BYTES = 2, 42
 ACTIVATION_BYTES = 1 << 30  # of three pictures in the tower and four prompts in the decoder, as float32
 # Targets whose exporters keep to the estimate below; the others load the whole model.
-STREAMED: tuple[Target, ...] = ("onnx",)
+STREAMED: tuple[Target, ...] = ("onnx", "executorch", "coreml")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -48,13 +51,27 @@ def disk_needed(shapes: Mapping[str, tuple[int, ...]], precision: Precision, que
     return file_bytes(shapes, precision) + sets * logits + SPARE_DISK_BYTES
 
 
-def memory_needed(shapes: Mapping[str, tuple[int, ...]], precision: Precision, model: ModelShape) -> int:
-    """Bytes that a streamed export takes at its peak: the replay, or the model's largest parts as float32."""
+def scratch_bytes(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of disk that are needed only while graphs are made: coremltools writes placeholders, and copies them."""
+    if target != "coreml":
+        return 0
+    decoder = [shape for name, shape in shapes.items() if name.startswith(("language_model.layers.", "lm_head."))]
+    return 2 * CONVERTED_BYTES * sum(map(math.prod, decoder))
+
+
+def memory_needed(
+    target: Target, shapes: Mapping[str, tuple[int, ...]], precision: Precision, model: ModelShape
+) -> int:
+    """Bytes that a streamed export takes at its peak: conversion, the replay, or the largest parts as float32."""
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.context_length * FLOAT_BYTES
-    replay = int(SESSION_PER_FILE_BYTE * file_bytes(shapes, precision)) + cache
     layer = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("language_model.layers.0."))
     table = max(math.prod(shape) for shape in shapes.values())
     recording = FLOAT_BYTES * (layer + table) + cache + ACTIVATION_BYTES
+    if target == "coreml":
+        values = sum(math.prod(shape) for shape in shapes.values())
+        converting = CONVERTED_BYTES * values + COPIES_BYTES * table
+        return PROCESS_BYTES + max(converting, FLOAT_BYTES * values + cache, recording)
+    replay = int(SESSION_PER_FILE_BYTE * file_bytes(shapes, precision)) + cache
     return PROCESS_BYTES + max(replay, recording)
 
 
@@ -71,15 +88,17 @@ def check_room(
     Raises:
         UsageError: too little disk or memory, with both numbers.
     """
-    disk, free = disk_needed(shapes, precision, questions, model.vocab_size), free_disk_bytes(output.parent)
-    if free < disk:
+    disk, scratch = disk_needed(shapes, precision, questions, model.vocab_size), scratch_bytes(target, shapes)
+    free = free_disk_bytes(output.parent)
+    if free < disk + scratch:
+        more = f" and its conversion {scratch / GIB:.1f} GiB more" if scratch else ""
         raise UsageError(
-            f"the bundle takes {disk / GIB:.1f} GiB of disk, {output.parent} has {free / GIB:.1f} GiB free; make room "
-            "or choose another --output"
+            f"the bundle takes {disk / GIB:.1f} GiB of disk{more}, {output.parent} has {free / GIB:.1f} GiB free; make "
+            "room or choose another --output"
         )
     if target not in STREAMED:
         return
-    memory, available = memory_needed(shapes, precision, model), available_memory_bytes()
+    memory, available = memory_needed(target, shapes, precision, model), available_memory_bytes()
     if available < memory:
         raise UsageError(
             f"the export takes about {memory / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are available; close "

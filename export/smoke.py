@@ -42,6 +42,7 @@ ENGINES: dict[Target, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxruntime"),
     "executorch": ("torchao", "executorch.exir", "executorch.runtime"),
     "coreml": ("coremltools",),
+    "coreai": ("coreai.runtime", "coreai_torch"),
 }
 BOS_ID = 1
 TOKENIZER = TokenizerSpec(kind="sentencepiece", path="tokenizer.model", bos_id=BOS_ID, eos_ids=(2,), pad_id=0)
@@ -52,7 +53,7 @@ class SmokeConfig:
     """Export and run a tiny random model for one target."""
 
     target: str
-    """executorch, coreml or onnx"""
+    """executorch, coreml, coreai or onnx"""
 
 
 def smoke(config: SmokeConfig) -> int:

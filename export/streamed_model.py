@@ -59,7 +59,7 @@ class LoadedModel:
         self._held: set[nn.Module] = set()
         self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}  # what stood in the module before it was filled
         if any(parameter.is_meta for parameter in vlm.parameters()):
-            _make_buffers(vlm)
+            make_buffers(vlm)
             self._hook()
 
     def use(self, changed: Mapping[str, torch.Tensor]) -> None:
@@ -149,7 +149,7 @@ def open_whole(checkpoint: str | Path) -> LoadedModel:
     return LoadedModel(vlm, vlm.state_dict())
 
 
-def _make_buffers(vlm: MobileVlm) -> None:
+def make_buffers(vlm: MobileVlm) -> None:
     """Give values to the buffers that no checkpoint stores: rotary frequencies, positions of the tower."""
     vlm.language_model.rotary_emb = type(vlm.language_model.rotary_emb)(config=vlm.config.text_config)
     embeddings = vlm.vision_tower.embeddings

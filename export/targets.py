@@ -33,13 +33,25 @@ def _coreml() -> Exporter:
     return export_coreml
 
 
-TARGETS: dict[Target, Callable[[], Exporter]] = {"executorch": _executorch, "coreml": _coreml, "onnx": _onnx}
+def _coreai() -> Exporter:
+    from export.to_coreai import export_coreai
+
+    return export_coreai
+
+
+TARGETS: dict[Target, Callable[[], Exporter]] = {
+    "executorch": _executorch,
+    "coreml": _coreml,
+    "onnx": _onnx,
+    "coreai": _coreai,
+}
 
 # What a target's extra installs beside torch and transformers: writes its files and runs them.
 PACKAGES: dict[Target, tuple[str, ...]] = {
     "executorch": ("executorch", "torchao"),
     "coreml": ("coremltools",),
     "onnx": ("onnx", "onnxruntime"),
+    "coreai": ("coreai_torch",),
 }
 
 

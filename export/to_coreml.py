@@ -1,159 +1,154 @@
-"""MobileVlm -> three iOS 18 ML programs (.mlpackage); the decoder keeps its KV cache as state."""
+"""MobileVlm -> three iOS 18 ML programs (.mlpackage), for the GPU or the Neural Engine; the KV cache is state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
 
 import torch
 
-from bundle.manifest import Graph, GraphName, GraphQuantization, Precision, Tensor
+from bundle.manifest import Graph, GraphName, GraphQuantization
 from export.contract import ExportedGraphs, ExportRequest
+from export.coreml_ane_modules import refuse_for_engine
 from export.coreml_checks import Budget, check_package
-from export.coreml_convert import convert, load_coremltools, quantize, save_package
-from export.coreml_modules import CoreMlDecoder, CoreMlEmbedding, CoreMlVision
-from export.coreml_weights import flat_name, read_back
-from export.recipe import Storage, storage_of
+from export.coreml_compress import Packed, pack
+from export.coreml_convert import Converted, convert, flat_name, load_coremltools
+from export.coreml_fill import write_package
+from export.coreml_hollow import hollow
+from export.coreml_parts import PARTS, Part, Wanted, runner_notes, with_rows
+from export.coreml_weights import Held, PackageWeights, check_weights
+from export.dequantized import StoragePlan
+from export.meter import Meter
+from export.recipe import Storage
 
-FloatName = Literal["float16", "float32"]
-# Dynamic sizes of the traced call; were they equal, or 1, the graph would hold them as one size, or as fixed.
-TRACED_ROWS, TRACED_END = 4, 12
-
-
-@dataclass(frozen=True)
-class Part:
-    """One graph before it is written."""
-
-    module: torch.nn.Module
-    example: tuple[torch.Tensor, ...]
-    graph: Graph
-    table_bytes: int = 0  # constants that are no weights: RoPE
+TABLE_ENTRY_BYTES, TABLE_ENTRIES = 2, 16
 
 
 def export_coreml(request: ExportRequest) -> ExportedGraphs:
-    """Write the three packages under ``request.output``, check them, and read their weights back.
+    """Write the three packages under ``request.output``, check them, and find their weights in them again.
 
     Raises:
-        UsageError: coremltools is missing.
+        UsageError: coremltools is missing, or the Neural Engine would not take the model's sizes.
         VerificationError: a written package is not what was asked for.
     """
+    if request.coreml.engine == "ane":
+        refuse_for_engine(request.vlm)
+    load_coremltools()
     graphs: dict[GraphName, Graph] = {}
     quantization: dict[GraphName, GraphQuantization] = {}
-    dequantized: dict[str, torch.Tensor] = {}
-    for name in PARTS:
-        graphs[name], quantization[name], changed = export_graph(request, name)
-        dequantized |= changed
+    held: dict[str, tuple[Held, ...]] = {}
+    exporter = GraphExporter(request)
+    for name in PARTS[request.coreml.engine]:
+        graphs[name], quantization[name], found = exporter.export(name)
+        held |= found
         request.progress(f"{name.replace('_', ' ')} written: {graphs[name].path}")
-    return ExportedGraphs(graphs, quantization, dequantized)
+    return ExportedGraphs(
+        graphs,
+        quantization,
+        PackageWeights(held, exporter.shapes),
+        runner_notes(exporter.wanted, request.coreml.engine),
+    )
 
 
-def export_graph(request: ExportRequest, name: GraphName) -> tuple[Graph, GraphQuantization, dict[str, torch.Tensor]]:
-    """Write one of the three packages; the last value holds the weights that differ from the checkpoint's.
+class GraphExporter:
+    """Writes the packages of one request.
 
-    Raises:
-        UsageError, VerificationError: as ``export_coreml``.
+    Attributes:
+        wanted: the model is hollow: its matrices are placeholders.
+        shapes: state-dict name -> shape.
     """
-    load_coremltools()
-    weights = request.vlm.state_dict()
-    part = PARTS[name](request)
-    rules = {
-        weight: _storage(weight, weights[weight], request.precision) for weight, _ in part.module.named_parameters()
-    }
-    values = _write(request, part, {weight: weights[weight] for weight in rules}, rules)
-    changed = {weight: value for weight, value in values.items() if not torch.equal(value, weights[weight])}
-    return part.graph, describe(name, rules, _sizes(values)), changed
+
+    def __init__(self, request: ExportRequest) -> None:
+        self._request = request
+        self._weights: Mapping[str, torch.Tensor] = request.weights or request.vlm.state_dict()
+        self.shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
+        model, self._placeholders = hollow(request.vlm.config, self._weights)
+        self.wanted = Wanted(model, request.precision, request.context_length)
+        self._plan = StoragePlan("coreml", request.precision, request.coreml.storages(self.shapes, request.precision))
+
+    def export(self, name: GraphName) -> tuple[Graph, GraphQuantization, dict[str, tuple[Held, ...]]]:
+        """Write one package, or take over what a killed run finished; the last value says where its weights lie."""
+        request, part = self._request, PARTS[self._request.coreml.engine][name](self.wanted)
+        package = request.output / part.graph.path
+        storages = {
+            parameter: self._plan.storage(source.name, self.shapes[source.name])
+            for parameter, source in part.sources.items()
+        }
+        finished = request.work is not None and request.work.finished(name) is not None
+        if finished:
+            request.progress(f"{name.replace('_', ' ')} is whole from the run before: {part.graph.path}")
+        else:
+            self._write(name, part, storages)
+        held = check_weights(package, part.sources, storages, self._weights)
+        check_package(
+            package,
+            part.graph,
+            {function: one.rows for function, one in part.functions.items()},
+            request.context_length,
+            self._budget(part, storages),
+            request.coreml.engine,
+        )
+        if request.work is not None and not finished:
+            files = [path for path in package.rglob("*") if path.is_file()]
+            request.work.finish(name, files, {})
+        rules = {source.name: storages[parameter] for parameter, source in part.sources.items()}
+        return part.graph, describe(name, rules, {weight: math.prod(self.shapes[weight]) for weight in rules}), held
+
+    def _write(self, name: GraphName, part: Part, storages: Mapping[str, Storage]) -> None:
+        request = self._request
+        sources = part.sources
+        matrices = {
+            flat_name(parameter): parameter
+            for parameter, source in sources.items()
+            if source.name in self._placeholders
+        }
+        converted: dict[str, Converted] = {}
+        for function, one in part.functions.items():
+            request.progress(f"{name.replace('_', ' ')}: converting {function}")
+            converted[function] = convert(
+                one.module,
+                one.example,
+                with_rows(part.graph, one.rows),
+                request.precision,
+                request.context_length,
+                frozenset(matrices),
+                request.output,
+            )
+        values = sum(math.prod(self.shapes[sources[parameter].name]) for parameter in matrices.values())
+        meter = Meter("weights written", values, request.progress)
+
+        def load(constant: str, shape: tuple[int, ...]) -> Packed:
+            parameter = matrices[constant]
+            source = sources[parameter]
+            packed = pack(source.stored(self._weights[source.name]), shape, storages[parameter])
+            meter.advance(math.prod(shape))
+            return packed
+
+        write_package(request.output / part.graph.path, converted, frozenset(matrices), load)
+
+    def _budget(self, part: Part, storages: Mapping[str, Storage]) -> Budget:
+        sizes = {
+            parameter: source.stored(torch.empty(self.shapes[source.name], device="meta")).numel()
+            for parameter, source in part.sources.items()
+        }
+        bits = {parameter: int(storage.bits) for parameter, storage in storages.items()}
+        shapes = {parameter: self.shapes[source.name] for parameter, source in part.sources.items()}
+        return Budget(bits, sizes, part.table_bytes + _spare(shapes, storages))
 
 
-def _storage(name: str, weight: torch.Tensor, precision: Precision) -> Storage:
-    """The shared recipe's answer; what it leaves in float is float16, as the program computes, except at fp32."""
-    rule = storage_of(name, tuple(weight.shape), precision)
-    return Storage(16, None) if rule.bits == 32 and precision != "fp32" else rule
-
-
-def _write(
-    request: ExportRequest, part: Part, weights: Mapping[str, torch.Tensor], rules: Mapping[str, Storage]
-) -> dict[str, torch.Tensor]:
-    """Write and check one package -> the weights it holds."""
-    package, longest = request.output / part.graph.path, request.context_length
-    model = convert(part.module, part.example, part.graph, request.precision, longest)
-    quantized = {f"{flat_name(name)}_to_fp16": rule for name, rule in rules.items() if rule.bits < 16}
-    save_package(quantize(model, quantized), package)
-    bits = {name: int(rule.bits) for name, rule in rules.items()}
-    values = read_back(package, weights, bits)
-    check_package(
-        package, part.graph, longest, Budget(bits, _sizes(weights), part.table_bytes + _spare(weights, rules))
-    )
-    return values
-
-
-def _sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    return {name: weight.numel() for name, weight in weights.items()}
-
-
-def _spare(weights: Mapping[str, torch.Tensor], rules: Mapping[str, Storage]) -> int:
-    """Bytes of scales (float16 per group or channel) and of the zero bias that each linear gets."""
-    groups = sum(
-        weight.numel() // (rules[name].group_size or weight[0].numel())
-        for name, weight in weights.items()
-        if weight.ndim > 1
-    )
-    biases = sum(weight.shape[0] for weight in weights.values() if weight.ndim > 1)
-    return 2 * groups + 4 * biases
-
-
-def _float(precision: Precision) -> FloatName:
-    return "float32" if precision == "fp32" else "float16"
-
-
-def _vision(request: ExportRequest) -> Part:
-    config, dtype = request.vlm.config, _float(request.precision)
-    size: Any = config.vision_config.image_size
-    graph = Graph(
-        path="vision_encoder.mlpackage",
-        inputs=(Tensor(name="pixel_values", dtype=dtype, shape=(1, 3, size, size)),),
-        outputs=(
-            Tensor(name="visual_tokens", dtype=dtype, shape=(1, config.visual_tokens, config.text_config.hidden_size)),
-        ),
-    )
-    return Part(CoreMlVision(request.vlm), (torch.rand(1, 3, size, size),), graph)
-
-
-def _embedding(request: ExportRequest) -> Part:
-    width, dtype = request.vlm.config.text_config.hidden_size, _float(request.precision)
-    graph = Graph(
-        path="token_embedding.mlpackage",
-        inputs=(Tensor(name="input_ids", dtype="int32", shape=(1, None)),),
-        outputs=(Tensor(name="embeddings", dtype=dtype, shape=(1, None, width)),),
-    )
-    ids = torch.ones(1, TRACED_ROWS, dtype=torch.int32)
-    return Part(CoreMlEmbedding(request.vlm), (ids,), graph)
-
-
-def _decoder(request: ExportRequest) -> Part:
-    text, dtype = request.vlm.config.text_config, _float(request.precision)
-    module = CoreMlDecoder(request.vlm, request.context_length)
-    cache = tuple(module.k_cache.shape)
-    graph = Graph(
-        path="text_decoder.mlpackage",
-        inputs=(
-            Tensor(name="inputs_embeds", dtype=dtype, shape=(1, None, text.hidden_size)),
-            Tensor(name="causal_mask", dtype=dtype, shape=(1, 1, None, None)),
-        ),
-        outputs=(Tensor(name="logits", dtype=dtype, shape=(1, 1, text.vocab_size)),),
-        # Core ML has float16 states only, at fp32 too
-        states=tuple(Tensor(name=name, dtype="float16", shape=cache) for name in ("k_cache", "v_cache")),
-    )
-    example = (torch.rand(1, TRACED_ROWS, text.hidden_size), torch.zeros(1, 1, TRACED_ROWS, TRACED_END))
-    tables = 2 * module.cos.numel() * (4 if dtype == "float32" else 2)
-    return Part(module, example, graph, tables)
-
-
-PARTS: dict[GraphName, Callable[[ExportRequest], Part]] = {
-    "vision_encoder": _vision,
-    "token_embedding": _embedding,
-    "text_decoder": _decoder,
-}
+def _spare(shapes: Mapping[str, tuple[int, ...]], storages: Mapping[str, Storage]) -> int:
+    """Bytes of scales (float16 per group or channel), of tables, and of the zero bias that each linear gets."""
+    spare = 0
+    for parameter, shape in shapes.items():
+        if len(shape) < 2:
+            continue
+        storage, width = storages[parameter], math.prod(shape[1:])
+        spare += 4 * shape[0]
+        if storage.palette_rows:
+            spare += shape[0] // storage.palette_rows * TABLE_ENTRIES * TABLE_ENTRY_BYTES
+        else:
+            spare += 2 * shape[0] * (width // (storage.group_size or width))
+    return spare
 
 
 def describe(name: GraphName, rules: Mapping[str, Storage], sizes: Mapping[str, int]) -> GraphQuantization:
@@ -176,6 +171,8 @@ def describe(name: GraphName, rules: Mapping[str, Storage], sizes: Mapping[str, 
 
 
 def _weights(rule: Storage) -> str:
+    if rule.palette_rows:
+        return f"{rule.bits}-bit tables, one for {rule.palette_rows} rows"
     return f"int{rule.bits} symmetric" if rule.bits < 16 else f"float{rule.bits}"
 
 

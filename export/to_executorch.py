@@ -1,21 +1,39 @@
-"""A model and a precision -> model.pte: three methods on XNNPACK, as ExecuTorch's own multimodal runner wants them."""
+"""A model and a precision -> model.pte: three methods on XNNPACK, as ExecuTorch's own multimodal runner wants them.
+
+One file, not one a graph: the stock runners of the phones (LlmModule on Android, MultimodalRunner on iOS) open one .pte
+with all methods and drop data files beside it, and the graphs share no weights. They are lowered one by one
+nevertheless and joined (executorch_merge.py), so that one graph at a time is in memory.
+"""
 
 from __future__ import annotations
 
-import importlib
+import gc
+import math
+import time
 import warnings
+from pathlib import Path
 from typing import Any
 
-import torch
+from pydantic import TypeAdapter
 
-from bundle.errors import missing_extra
-from bundle.manifest import Graph, GraphName, Tensor
-from export.contract import ExportedGraphs, ExportRequest
-from export.executorch_modules import TextDecoder, TokenEmbedding, VisionEncoder, weight_sharing_copy
-from export.executorch_quantize import dequantized, quantize
+from bundle.manifest import Graph, GraphName, GraphQuantization, Precision, Tensor
+from export.contract import ExportedGraphs, ExportRequest, JoinedWeights, LazyWeights
+from export.dequantized import StoragePlan
+from export.executorch_lower import backend_of, load_operators, lower, partitioners_of, traced
+from export.executorch_merge import merge
+from export.executorch_modules import TextDecoder, TokenEmbedding, VisionEncoder
+from export.executorch_quantize import QuantizedAgain, WeightSource, empty_twin, fill
+from export.executorch_stored import Stored, StoredWeights
+from export.graph_weights import graph_of
+from export.meter import Meter, waiting
+from export.recipe import fallbacks
+from export.room import release_free_memory
 from export.shape import model_shape
 
 FILE = "model.pte"
+GRAPHS: tuple[GraphName, ...] = ("token_embedding", "vision_encoder", "text_decoder")
+LOWERING_PER_TRACING = 20  # times longer, at 1.7B
+STORED = TypeAdapter(dict[str, Stored])
 
 
 def export_executorch(request: ExportRequest) -> ExportedGraphs:
@@ -23,70 +41,104 @@ def export_executorch(request: ExportRequest) -> ExportedGraphs:
 
     Raises:
         UsageError: executorch or torchao is not installed.
+        VerificationError: the file does not hold the weights that were quantized.
     """
+    load_operators()
+    whole = request.output / FILE
+    finished = _finished_before(request)
+    stored = {name: record for note in finished.values() for name, record in note["stored"].items()}
+    if not any(note["file"] == FILE for note in finished.values()):
+        for name in GRAPHS:
+            if name not in finished:
+                stored |= write_part(request, name)
+        parts = [request.output / _part(name) for name in GRAPHS]
+        merge(parts, whole)
+        for name in GRAPHS:
+            own = {key: record for key, record in stored.items() if graph_of(key, request.vlm) == name}
+            _finish(request, name, FILE, own)
+        for part in parts:
+            part.unlink()
+        request.progress(f"{FILE} written")
+    return ExportedGraphs(_graphs(request), _quantization(request), _held(request, whole, stored))
+
+
+def _held(request: ExportRequest, file: Path, stored: dict[str, Stored]) -> LazyWeights:
+    """Weights of graphs on XNNPACK as the file holds them; of others, whose data is the backend's own, made anew."""
+    ours = {name for name in stored if _is_readable(request, graph_of(name, request.vlm))}
+    read = StoredWeights(file, {name: stored[name] for name in ours})
+    others = {name: record for name, record in stored.items() if name not in ours}
+    if not others:
+        return read
+    return JoinedWeights(read, QuantizedAgain(source_of(request, "vision_encoder"), others))
+
+
+def _is_readable(request: ExportRequest, graph: GraphName | None) -> bool:
+    return graph is not None and backend_of(graph, request.executorch.backend) in (None, "xnnpack")
+
+
+def write_part(request: ExportRequest, name: GraphName) -> dict[str, Stored]:
+    """Quantize, trace and lower one graph into a .pte of its own -> what it holds."""
+    source = source_of(request, name)
+    said = name.replace("_", " ")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch and executorch warn of their own deprecated calls, hundreds of times
-        _load_operators()
-        twin = weight_sharing_copy(request.vlm)
-        quantization = quantize(twin, request.precision)
-        request.progress(f"weights at {request.precision}")
-        programs = _trace(request, VisionEncoder(twin), TokenEmbedding(twin), TextDecoder(twin, request.context_length))
-        request.progress("three graphs traced")
-        _lower(request, programs)
-        request.progress(f"{FILE} written")
-    return ExportedGraphs(_graphs(request), quantization, dequantized(twin, request.vlm))
+        twin = empty_twin(request.vlm)
+        stored = fill(twin, name, source)
+        request.progress(f"{said}: weights at {request.precision}")
+        start = time.monotonic()
+        program = traced(_module(twin, name, request.context_length), _sizes(request)[1])
+        del twin
+        request.progress(f"{said}: traced, {len(program.graph.nodes)} operators")
+        constants = _constants(request) if name == "token_embedding" else {}
+        partitioners = partitioners_of(backend_of(name, request.executorch.backend), request.precision)
+        with waiting(f"{said}: lowering", LOWERING_PER_TRACING * (time.monotonic() - start), request.progress):
+            lower(name, program, constants, partitioners, request.output / _part(name))
+    del program
+    gc.collect()  # graphs refer to themselves
+    release_free_memory()
+    request.progress(f"{said}: lowered to {backend_of(name, request.executorch.backend) or 'plain kernels'}")
+    _finish(request, name, _part(name), stored)
+    return stored
 
 
-def _load_operators() -> None:
-    """Register the operators that the graphs are written in: llama's KV cache and attention, torchao's quantization."""
-    try:
-        importlib.import_module("torchao")
-        importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
-    except ModuleNotFoundError as error:
-        raise missing_extra(str(error.name or "executorch").split(".")[0], "executorch") from error
+def _part(name: GraphName) -> str:
+    return f"{name}.part.pte"
 
 
-@torch.no_grad()
-def _trace(
-    request: ExportRequest, vision: VisionEncoder, embedding: TokenEmbedding, decoder: TextDecoder
-) -> dict[str, torch.export.ExportedProgram]:
-    text, size = _sizes(request)
-    length = torch.export.Dim("length", min=1, max=request.context_length - 1)
-    pixels = torch.zeros(1, 3, size, size)
-    width = text.hidden_size
-    ids, rows, start = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, width), torch.zeros(1, dtype=torch.long)
-    return {
-        "vision_encoder": torch.export.export(vision.eval(), (pixels,), strict=False),
-        "token_embedding": torch.export.export(embedding.eval(), (ids,), dynamic_shapes=({1: length},), strict=False),
-        "text_decoder": torch.export.export(
-            decoder.eval(), (rows, start), dynamic_shapes=({1: length}, None), strict=False
-        ),
-    }
-
-
-def _lower(request: ExportRequest, programs: dict[str, torch.export.ExportedProgram]) -> None:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes import MemoryPlanningPass
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-
-    edge = to_edge_transform_and_lower(
-        programs,
-        partitioner={"vision_encoder": [XnnpackPartitioner()], "text_decoder": [XnnpackPartitioner()]},
-        constant_methods=_constants(request),
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+def source_of(request: ExportRequest, name: GraphName) -> WeightSource:
+    """The weights of one graph, and how they are stored."""
+    vlm = request.vlm
+    shapes = {key: tuple(weight.shape) for key, weight in vlm.state_dict().items()}
+    values = sum(math.prod(shape) for key, shape in shapes.items() if graph_of(key, vlm) == name)
+    return WeightSource(
+        weights=vlm.state_dict() if request.weights is None else request.weights,
+        plan=StoragePlan("executorch", request.precision, request.executorch.storages(shapes, request.precision)),
+        dynamic=_is_readable(request, name),
+        meter=Meter(f"{name.replace('_', ' ')}: weights quantized", values, request.progress),
     )
-    request.progress("lowered to XNNPACK")
-    whole = edge.to_executorch(
-        ExecutorchBackendConfig(
-            extract_delegate_segments=True,
-            do_quant_fusion_and_const_prop=True,  # else the int8 embedding table is stored as float32
-            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),  # plan for the longest segment, not for the example
-        )
-    )
-    with (request.output / FILE).open("wb") as file:
-        whole.write_to_file(file)
+
+
+def _module(twin: Any, name: GraphName, context_length: int) -> VisionEncoder | TokenEmbedding | TextDecoder:
+    if name == "vision_encoder":
+        return VisionEncoder(twin)
+    return (TokenEmbedding if name == "token_embedding" else TextDecoder)(twin, context_length)
+
+
+def _finish(request: ExportRequest, name: GraphName, file: str, stored: dict[str, Stored]) -> None:
+    if request.work is not None:
+        note = {"file": file, "stored": STORED.dump_python(stored, mode="json")}
+        request.work.finish(name, [request.output / file], note)
+
+
+def _finished_before(request: ExportRequest) -> dict[GraphName, dict[str, Any]]:
+    """What a run that was killed left behind."""
+    notes: dict[GraphName, dict[str, Any]] = {}
+    for name in GRAPHS:
+        note = None if request.work is None else request.work.finished(name)
+        if note is not None:
+            notes[name] = {"file": note["file"], "stored": STORED.validate_python(note["stored"])}
+            request.progress(f"{name.replace('_', ' ')} is whole from the run before")
+    return notes
 
 
 def _constants(request: ExportRequest) -> dict[str, int | bool | list[int]]:
@@ -106,6 +158,44 @@ def _constants(request: ExportRequest) -> dict[str, int | bool | list[int]]:
     }
 
 
+DYNAMIC = "int8 dynamic per token"
+PLAIN = GraphQuantization(weights="float32", activations="float32")
+HALF = GraphQuantization(weights="float16", activations="float16 in linear layers, float32 elsewhere")
+HALF_TABLE = GraphQuantization(weights="float16", activations="float32")
+CHANNELS = GraphQuantization(weights="int8 symmetric", activations=DYNAMIC)
+TABLE = GraphQuantization(weights="int8 symmetric", activations="float32")
+GROUPS = GraphQuantization(weights="int4 symmetric, lm_head int8", group_size=32, activations=DYNAMIC)
+QUANTIZATION: dict[Precision, dict[GraphName, GraphQuantization]] = {
+    "int4": {"vision_encoder": CHANNELS, "token_embedding": TABLE, "text_decoder": GROUPS},
+    "int8": {"vision_encoder": CHANNELS, "token_embedding": TABLE, "text_decoder": CHANNELS},
+    "fp16": {"vision_encoder": HALF, "token_embedding": HALF_TABLE, "text_decoder": HALF},
+    "fp32": {"vision_encoder": PLAIN, "token_embedding": PLAIN, "text_decoder": PLAIN},
+}
+
+
+def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
+    """The table's row, with the number of decoder matrices whose width the group does not divide."""
+    row = QUANTIZATION[request.precision] | {"vision_encoder": _vision(request)}
+    shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
+    odd = fallbacks(shapes, request.precision)
+    if odd:
+        decoder = row["text_decoder"]
+        weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"
+        row["text_decoder"] = decoder.model_copy(update={"weights": weights})
+    return row
+
+
+def _vision(request: ExportRequest) -> GraphQuantization:
+    backend, precision = request.executorch.backend, request.precision
+    if precision == "fp32" or request.executorch.float_vision:
+        return PLAIN
+    if backend == "xnnpack":
+        return QUANTIZATION[precision]["vision_encoder"]
+    if backend == "coreml" and precision != "fp16":
+        return GraphQuantization(weights="int8 symmetric", activations="float16")
+    return GraphQuantization(weights="float16", activations="float16")
+
+
 def _sizes(request: ExportRequest) -> tuple[Any, Any]:
     """The decoder's config and the image size; transformers types the fields of both as unions."""
     return request.vlm.config.text_config, request.vlm.config.vision_config.image_size
@@ -119,6 +209,7 @@ def _graphs(request: ExportRequest) -> dict[GraphName, Graph]:
         "vision_encoder": Graph(
             path=FILE,
             method="vision_encoder",
+            backend=backend_of("vision_encoder", request.executorch.backend),
             inputs=(Tensor(name="pixel_values", dtype="float32", shape=(1, 3, size, size)),),
             outputs=(
                 Tensor(name="visual_tokens", dtype="float32", shape=(1, request.vlm.config.visual_tokens, width)),
@@ -127,12 +218,14 @@ def _graphs(request: ExportRequest) -> dict[GraphName, Graph]:
         "token_embedding": Graph(
             path=FILE,
             method="token_embedding",
+            backend=backend_of("token_embedding", request.executorch.backend),
             inputs=(Tensor(name="input_ids", dtype="int64", shape=(1, None)),),
             outputs=(Tensor(name="embeddings", dtype="float32", shape=(1, None, width)),),
         ),
         "text_decoder": Graph(
             path=FILE,
             method="text_decoder",
+            backend=backend_of("text_decoder", request.executorch.backend),
             inputs=(
                 Tensor(name="inputs_embeds", dtype="float32", shape=(1, None, width)),
                 Tensor(name="start_position", dtype="int64", shape=(1,)),

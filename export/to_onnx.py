@@ -6,15 +6,14 @@ What onnxruntime-genai needs to open the same files is written beside them (expo
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 
 from pydantic import TypeAdapter
 
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision
-from distill.models.mobilevlm import MobileVlm
-from export.contract import EMBEDDING, INT4_GROUP, ExportedGraphs, ExportRequest
+from export.contract import INT4_GROUP, ExportedGraphs, ExportRequest
+from export.graph_weights import graph_of
 from export.meter import Meter
 from export.onnx_decoder import write_decoder, write_embedding
 from export.onnx_genai import write_genai
@@ -31,9 +30,6 @@ STEMS: dict[GraphName, str] = {
     "token_embedding": "embed_tokens",
     "text_decoder": "decoder_model_merged",
 }
-# Which weights each graph reads; the tower's last layers, its last norm and SigLIP's pooling head are in none.
-UNREAD = ("vision_tower.post_layernorm.", "vision_tower.head.")
-TOWER_LAYER = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
 STORED = TypeAdapter(dict[str, Stored])
 
 
@@ -69,16 +65,6 @@ def export_onnx(request: ExportRequest) -> ExportedGraphs:
         quantization=_quantization(request),
         dequantized=StoredWeights(folder, stored),
     )
-
-
-def graph_of(weight: str, vlm: MobileVlm) -> GraphName | None:
-    """The graph that reads a weight, or None for those behind the tower's selected layer."""
-    layer = TOWER_LAYER.match(weight)
-    if weight.startswith(UNREAD) or (layer and int(layer[1]) >= vlm.config.tower_layers):
-        return None
-    if weight == EMBEDDING:
-        return "token_embedding"
-    return "vision_encoder" if weight.startswith(("vision_tower.", "projector.")) else "text_decoder"
 
 
 def _writers(request: ExportRequest, paths: dict[GraphName, str]) -> dict[GraphName, Callable[[ModelWriter], Graph]]:

@@ -17,7 +17,8 @@ from runtime_bench.result import Row, Settings, bundle_ref, now
 from runtime_bench.stats import measurement
 from runtime_bench.workload import PICTURE
 
-EMULATED_RUNTIMES = frozenset({"coreml_interpreter"})  # walk the graph in numpy: right answers, meaningless speed
+# walk the graph operation by operation: right answers, meaningless speed
+EMULATED_RUNTIMES = frozenset({"coreml_interpreter", "coreai_interpreter"})
 ERRORS = {kind.exit_code: kind for kind in (AlignKDError, UsageError, VerificationError, BackendMissingError)}
 EXCLUDES = (
     "Times exclude: decoding the picture file, turning ids into text, sampling other than greedy, the check of the "
@@ -46,7 +47,7 @@ class MeasureSettings:
     new_tokens: int = 32
     """tokens made per run, the first one included"""
     runtime: str | None = None
-    """onnx, executorch, coreml or coreml_interpreter; None: the first that can run here"""
+    """onnx, executorch, coreml, coreml_interpreter, coreai or coreai_interpreter; None: the first that can run here"""
 
     def __post_init__(self) -> None:
         least = {"warmup": 0, "repeats": 1, "load_repeats": 1, "threads": 1, "prompt_tokens": 1, "new_tokens": 2}

@@ -14,7 +14,8 @@ from runtime_bench.result import Quantity
 Figure = dict[str, Any]  # plotly's JSON
 Point = tuple[float, float]
 
-COLOURS = {"onnx": "#2a78d6", "executorch": "#eb6834", "coreml": "#1baf7a"}  # told apart with colour blindness too
+# told apart with colour blindness too
+COLOURS = {"onnx": "#2a78d6", "executorch": "#eb6834", "coreml": "#1baf7a", "coreai": "#5b3a8e"}
 MARKERS = {"int4": "circle", "int8": "square", "fp16": "diamond", "fp32": "triangle-up"}
 STAGES: tuple[tuple[str, Quantity, str], ...] = (
     ("image to pixels", "preprocess_ms", "#86b6ef"),

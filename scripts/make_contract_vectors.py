@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from bundle.image import normalise, open_image, resize
-from bundle.manifest import ImageSpec, TokenizerSpec
+from bundle.manifest import ImageSpec, PromptSpec, TokenizerSpec
 from bundle.prompt import TEMPLATES, build_prompt, clean_answer
 from bundle.tokenizer import Tokenizer, open_tokenizer
 
@@ -25,6 +25,21 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "tests/golden/contract"
 TOKENIZER = "reference/student/tokenizer.model"  # under tests/golden
 SPEC = TokenizerSpec(kind="sentencepiece", path=TOKENIZER, bos_id=1, eos_ids=(2,), pad_id=0)
+# Hugging Face LLaVA: both kinds of tokenizer.json (trained by tests/export/hf_checkpoints.py), chat templates cut
+CHATS: dict[str, tuple[TokenizerSpec, PromptSpec]] = {
+    "bytes": (
+        TokenizerSpec(
+            kind="tokenizers", path="tokenizers/bytes.json", bos_id=None, eos_ids=(402,), pad_id=400, image_token_id=403
+        ),
+        PromptSpec(template="chat", prefix="<|im_start|>user\n", suffix="<|im_end|>\n<|im_start|>assistant\n"),
+    ),
+    "metaspace": (
+        TokenizerSpec(
+            kind="tokenizers", path="tokenizers/metaspace.json", bos_id=1, eos_ids=(2,), pad_id=3, image_token_id=4
+        ),
+        PromptSpec(template="chat", prefix="USER: ", suffix=" ASSISTANT:"),
+    ),
+}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 QUESTIONS = (
@@ -74,6 +89,30 @@ def tokens(tokenizer: Tokenizer) -> dict[str, Any]:
         "decode": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in [*encoded, *map(list, BYTE_IDS)]],
         "clean": [{"decoded": text, "answer": clean_answer(text)} for text in ANSWERS],
     }
+
+
+def chats() -> dict[str, Any]:
+    """Of each tokenizer.json: prompts of its chat template, questions that are refused, texts -> ids -> texts."""
+    made = {}
+    for name, (spec, template) in CHATS.items():
+        tokenizer = open_tokenizer(spec, ROOT / "tests/golden")
+        refused = [question for question in QUESTIONS if any(mark in question for mark in tokenizer.special_names)]
+        cases = []
+        for question in (question for question in QUESTIONS if question not in refused):
+            for has_image in (True, False):
+                prompt = build_prompt(template, tokenizer, spec, question, has_image)
+                row = {"question": question, "has_image": has_image, "text": prompt.text}
+                cases.append({**row, "token_ids": list(prompt.token_ids)})
+        encoded = [tokenizer.encode(text) for text in TEXTS]
+        made[name] = {
+            "tokenizer": spec.model_dump(mode="json"),
+            "template": template.model_dump(mode="json"),
+            "prompts": cases,
+            "refused": refused,
+            "encode": [{"text": text, "ids": ids} for text, ids in zip(TEXTS, encoded, strict=True)],
+            "decode": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in [*encoded, [*encoded[0], *spec.eos_ids]]],
+        }
+    return made
 
 
 def pictures() -> dict[str, Image.Image]:
@@ -133,10 +172,11 @@ def pixels(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path) -> None:
-    """Write all three files and the pictures into ``folder``, which must not exist."""
+    """Write all four files and the pictures into ``folder``, which must not exist."""
     folder.mkdir(parents=True)
     tokenizer = open_tokenizer(SPEC, ROOT / "tests/golden")
-    for name, content in (("prompt", prompts(tokenizer)), ("tokens", tokens(tokenizer)), ("pixels", pixels(folder))):
+    made = {"prompt": prompts(tokenizer), "tokens": tokens(tokenizer), "chat": chats(), "pixels": pixels(folder)}
+    for name, content in made.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

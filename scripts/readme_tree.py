@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("bundle", "distill", "export", "runtime_bench", "experiments", "benchmarks", "scripts")
+ROOMS = ("bundle", "distill", "export", "runtime_bench", "optimum", "experiments", "benchmarks", "scripts")
 OTHERS = {
     "distill/launch/*.yaml": "configurations for accelerate launch: 1, 8 and 2 x 8 GPUs, and two processes on a CPU",
     "recipes/": "settings as YAML: the paper's two stages, the demo's runs",

@@ -22,7 +22,7 @@ COMMANDS = {
 }
 HEAVY = (
     "torch", "transformers", "torchao", "executorch", "coremltools", "onnx", "onnxruntime", "scipy", "plotly",
-    "skimage",
+    "skimage", "coreai", "coreai_torch",
 )  # fmt: skip
 # A finder that refuses them, as if they were not installed (None in sys.modules would count as imported for tyro).
 BLOCK = """

@@ -11,7 +11,7 @@ import numpy as np
 from bundle.manifest import GraphName, Manifest
 from bundle.runtimes.blas_threads import blas_threads
 from bundle.runtimes.contract import Floats, Ids
-from bundle.runtimes.coreml_inputs import causal_mask, gather_ids, next_position
+from bundle.runtimes.coreml_inputs import decoder_calls, embedding_calls, entry_points, next_position
 from bundle.runtimes.mil_proto import coremltools_folder
 from bundle.staging import inside
 
@@ -58,19 +58,20 @@ class CoreMlInterpreter:
     def __init__(
         self, bundle: Path, manifest: Manifest, rounding: Rounding = "float32", threads: int | None = None
     ) -> None:
-        from bundle.runtimes.mil_program import Program  # scipy: not in the base install
+        from bundle.runtimes.mil_program import open_programs  # scipy: not in the base install
 
         self.name = f"ML program evaluator (numpy {np.__version__}, {rounding})"
-        self._shape = manifest.model
+        self._manifest = manifest
         self._threads = threads
 
-        def program(name: GraphName) -> Program:
-            return Program(inside(bundle, manifest.graphs[name].path, "graph path"), rounding)
+        def programs(name: GraphName) -> dict[str | None, Program]:
+            package = inside(bundle, manifest.graphs[name].path, "graph path")
+            return open_programs(package, entry_points(name, manifest), rounding)
 
-        self._vision = program("vision_encoder")
-        self._embedding = program("token_embedding")
-        self._decoder = program("text_decoder")
-        self._states = self._decoder.make_states()
+        (self._vision,) = programs("vision_encoder").values()
+        self._embedding = programs("token_embedding")
+        self._decoder = programs("text_decoder")
+        self._states = next(iter(self._decoder.values())).make_states()
         self._position = 0
 
     @property
@@ -82,13 +83,16 @@ class CoreMlInterpreter:
             return self._vision({"pixel_values": pixel_values})["visual_tokens"]
 
     def embed(self, input_ids: Ids) -> Floats:
-        return self._embedding({"input_ids": gather_ids(input_ids, self._shape)})["embeddings"]
+        calls = embedding_calls(input_ids, self._manifest)
+        return np.concatenate(
+            [self._embedding[call.function](call.inputs)["embeddings"][:, : call.rows] for call in calls], 1
+        )
 
     def decode(self, inputs_embeds: Floats) -> Floats:
-        end = next_position(self._position, inputs_embeds, self._shape)
-        mask = causal_mask(self._position, inputs_embeds.shape[1])
+        end = next_position(self._position, inputs_embeds, self._manifest.model)
         with blas_threads(self._threads):
-            out = self._decoder({"inputs_embeds": inputs_embeds, "causal_mask": mask}, self._states)
+            for call in decoder_calls(self._position, inputs_embeds, self._manifest):
+                out = self._decoder[call.function](call.inputs, self._states)
         self._position = end
         return out["logits"][0, 0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from bundle.errors import UsageError
 from bundle.runtimes.mil_layers import CONSTEXPR, LAYERS
 from bundle.runtimes.mil_ops import ARITHMETIC, MOVES, Array, Operation
 from bundle.runtimes.mil_proto import read_spec, weight_path
-from bundle.runtimes.mil_weights import FLOAT16, WeightFile, read_value
+from bundle.runtimes.mil_weights import FLOAT16, WeightFile, read_value, shape_of
 
 READ_STATE, WRITE_STATE, UPDATE_STATE = "read_state", "write_state", "coreml_update_state"
 STATE_OPERATIONS = (READ_STATE, WRITE_STATE, UPDATE_STATE)
@@ -59,14 +60,37 @@ def block_of(spec: Any, function: str = "main") -> Any:
     return body.block_specializations[body.opset]
 
 
-def read_graph(package: Path, function: str = "main") -> MilGraph:
+def blocks_of(spec: Any) -> Iterator[Any]:
+    """The operations of each function."""
+    return (block_of(spec, function) for function in sorted(spec.mlProgram.functions))
+
+
+def description_of(spec: Any, function: str | None) -> Any:
+    """Inputs, outputs and states: of a package with one function (None) or of one of several."""
+    if function is None:
+        return spec.description
+    return next(described for described in spec.description.functions if described.name == function)
+
+
+# Decompressed weights by kind and place in weight.bin: functions of one package share them.
+Shared = dict[tuple[Any, ...], Array]
+
+
+def read_graph(package: Path, function: str | None = None, shared: Shared | None = None) -> MilGraph:
     """Open a package and evaluate every operation that depends on constants alone.
 
+    Args:
+        function: of several; None where there is one.
+        shared: filled with large weights, and asked for them first.
+
     Raises:
-        UsageError: a damaged package, or an operation that the evaluator does not know.
+        UsageError: a damaged package, an operation that the evaluator does not know, or no such function.
     """
     spec = read_spec(package)
-    block = block_of(spec, function)
+    known = sorted(spec.mlProgram.functions)
+    if (function or "main") not in known:
+        raise UsageError(f"{package.name} has no function '{function or 'main'}', it has {', '.join(known)}")
+    block, description = block_of(spec, function or "main"), description_of(spec, function)
     unknown = sorted({operation.type for operation in block.operations} - KNOWN_OPERATIONS)
     if unknown:
         raise UsageError(
@@ -77,14 +101,14 @@ def read_graph(package: Path, function: str = "main") -> MilGraph:
     constants: dict[str, Any] = {}
     nodes = []
     for operation in block.operations:
-        node = _node(operation, constants, weights)
+        node = _node(operation, constants, weights, {} if shared is None else shared)
         if node is not None and not _fold(node, constants):
             nodes.append(node)
     used = {name for node in nodes for name in node.reads()} | set(block.outputs)
     return MilGraph(
         package=package,
-        inputs={item.name: item.type.multiArrayType.dataType == _ARRAY_FLOAT16 for item in spec.description.input},
-        states={state.name: tuple(state.type.stateType.arrayType.shape) for state in spec.description.state},
+        inputs={item.name: item.type.multiArrayType.dataType == _ARRAY_FLOAT16 for item in description.input},
+        states={state.name: tuple(state.type.stateType.arrayType.shape) for state in description.state},
         outputs=tuple(block.outputs),
         constants={name: value for name, value in constants.items() if name in used},
         nodes=tuple(nodes),
@@ -94,14 +118,19 @@ def read_graph(package: Path, function: str = "main") -> MilGraph:
 _ARRAY_FLOAT16 = 65552  # FeatureTypes.proto, ArrayFeatureType.FLOAT16
 
 
-def _node(operation: Any, constants: dict[str, Any], weights: WeightFile) -> Node | None:
+def _node(operation: Any, constants: dict[str, Any], weights: WeightFile, shared: Shared) -> Node | None:
     """The operation with its immediate values put among the constants; None for a constant or compressed weight."""
     outputs = tuple(output.name for output in operation.outputs)
-    if operation.type == "const":
-        constants[outputs[0]] = run_value(read_value(operation.attributes["val"], weights))
-        return None
-    if operation.type in CONSTEXPR:
-        constants[outputs[0]] = decompress(operation, weights, constants)
+    if operation.type == "const" or operation.type in CONSTEXPR:
+        place = _place(operation)
+        value = shared.get(place) if place else None
+        if value is None and operation.type == "const":
+            value = run_value(read_value(operation.attributes["val"], weights))
+        elif value is None:
+            value = decompress(operation, weights, constants)
+        if place:
+            shared[place] = value
+        constants[outputs[0]] = value
         return None
     inputs: dict[str, str | tuple[str, ...]] = {}
     for parameter, argument in operation.inputs.items():
@@ -115,6 +144,16 @@ def _node(operation: Any, constants: dict[str, Any], weights: WeightFile) -> Nod
         inputs[parameter] = tuple(names) if parameter == "values" else names[0]
     float16 = any(output.type.tensorType.dataType == FLOAT16 for output in operation.outputs)
     return Node(operation.type, inputs, outputs, float16)
+
+
+def _place(operation: Any) -> tuple[Any, ...]:
+    """Kind and offsets of a constant whose values all lie in weight.bin; empty for others."""
+    values = [operation.attributes["val"]] if operation.type == "const" else []
+    values += [argument.arguments[0].value for argument in operation.inputs.values()]
+    if not values or any(value.WhichOneof("value") != "blobFileValue" for value in values):
+        return ()
+    sizes = shape_of(operation.outputs[0].type.tensorType)
+    return operation.type, sizes, *(int(value.blobFileValue.offset) for value in values)
 
 
 def decompress(operation: Any, weights: WeightFile, constants: dict[str, Any]) -> Array:

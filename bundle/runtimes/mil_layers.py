@@ -97,10 +97,13 @@ def spread(parameter: Array, shape: tuple[int, ...]) -> Array:
 
 def constexpr_blockwise_shift_scale(data: Array, scale: Array, offset: Array | None = None) -> Array:
     """(data - offset) * scale, with one scale and offset per block; as float32."""
-    values = data.astype(np.float32)
+    sizes = [(blocks, size // blocks) for blocks, size in zip(scale.shape, data.shape, strict=True)]
+    values = data.astype(np.float32).reshape([size for pair in sizes for size in pair])  # blocks, block, blocks, ..
+    of_block = [size for blocks in scale.shape for size in (blocks, 1)]
     if offset is not None:
-        values = values - spread(offset.astype(np.float32), data.shape)
-    return values * spread(scale.astype(np.float32), data.shape)
+        values -= offset.astype(np.float32).reshape(of_block)
+    values *= scale.astype(np.float32).reshape(of_block)
+    return values.reshape(data.shape)
 
 
 def constexpr_affine_dequantize(quantized_data: Array, zero_point: Array, scale: Array, axis: Any) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from bundle.runtimes.mil_graph import (
     WRITE_STATE,
     MilGraph,
     Node,
+    Shared,
     read_graph,
 )
 from bundle.runtimes.mil_ops import MOVES, Array, Operation, slice_update_in_place
@@ -44,13 +45,21 @@ class Program:
         package: an .mlpackage folder.
         rounding: "float32" computes as if every float were float32, so that only errors of the graph remain; "float16"
             rounds the result of each operation that the program declares float16, as a phone's GPU would.
+        function: of a package with several.
+        shared: as for ``read_graph``.
 
     Raises:
-        UsageError: a damaged package, or an operation that the evaluator does not know.
+        UsageError: a damaged package, an operation that the evaluator does not know, or no such function.
     """
 
-    def __init__(self, package: Path, rounding: Rounding = "float32") -> None:
-        graph = read_graph(package)
+    def __init__(
+        self,
+        package: Path,
+        rounding: Rounding = "float32",
+        function: str | None = None,
+        shared: Shared | None = None,
+    ) -> None:
+        graph = read_graph(package, function, shared)
         self.name = package.name
         self.state_shapes = graph.states
         self._rounds = rounding == "float16"
@@ -139,6 +148,18 @@ class Program:
             rounds=self._rounds and node.float16 and node.kind not in MOVES and node.kind not in STATE_OPERATIONS,
             spent=tuple(self._position(name) for name in spent),
         )
+
+
+def open_programs(
+    package: Path, functions: Sequence[str | None] = (None,), rounding: Rounding = "float32"
+) -> dict[str | None, Program]:
+    """Functions of an .mlpackage folder, which share its weights; None is the only one's.
+
+    Raises:
+        UsageError: a damaged package, an operation that the evaluator does not know, or no such function.
+    """
+    shared: Shared = {}
+    return {function: Program(package, rounding, function, shared) for function in functions}
 
 
 _SOURCES = {"read_state": "input", WRITE_STATE: "data", UPDATE_STATE: "value"}  # what each state operation passes on

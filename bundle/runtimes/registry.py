@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bundle.errors import BackendMissingError, UsageError
-from bundle.manifest import Family, Manifest, Target
+from bundle.manifest import Backend, Family, Manifest, Target
 from bundle.processor import host_family
 from bundle.runtimes.contract import Runtime
 
@@ -61,6 +61,18 @@ def _coreml_interpreter() -> RuntimeModule:
     return coreml_interpreter
 
 
+def _coreai() -> RuntimeModule:
+    from bundle.runtimes import coreai
+
+    return coreai
+
+
+def _coreai_interpreter() -> RuntimeModule:
+    from bundle.runtimes import coreai_interpreter
+
+    return coreai_interpreter
+
+
 def _apple() -> Family:
     return "apple"
 
@@ -72,10 +84,14 @@ def _evaluator() -> Family:
 RUNTIMES: dict[Target, tuple[RuntimeEntry, ...]] = {
     "onnx": (RuntimeEntry("onnx", _onnx),),
     "executorch": (RuntimeEntry("executorch", _executorch),),
-    # Apple's own runtime first; the interpreter walks the ML program on any host
+    # Apple's own runtime first; the interpreters walk the program on any host
     "coreml": (
         RuntimeEntry("coreml", _coreml, _apple),
         RuntimeEntry("coreml_interpreter", _coreml_interpreter, _evaluator),
+    ),
+    "coreai": (
+        RuntimeEntry("coreai", _coreai, _apple),
+        RuntimeEntry("coreai_interpreter", _coreai_interpreter, _evaluator),
     ),
 }
 
@@ -104,6 +120,24 @@ def no_runtime(target: Target, reasons: dict[str, str]) -> BackendMissingError:
     )
 
 
+# What a graph was lowered to that no runtime of ours has on any host, and where it runs.
+DEVICE_BACKENDS: dict[Backend, str] = {
+    "coreml": "Core ML, which iOS and macOS have",
+    "vulkan": "Vulkan, which Android has",
+}
+
+
+def runs_elsewhere(manifest: Manifest) -> str | None:
+    """Which graph no runtime of ours can run, and where it runs; None when all can be."""
+    for name, graph in manifest.graphs.items():
+        if graph.backend in DEVICE_BACKENDS:
+            return (
+                f"'{name}' is lowered to {DEVICE_BACKENDS[graph.backend]}, and no runtime on this host; replay the "
+                "golden vectors with the app on a device, or export with --backend xnnpack"
+            )
+    return None
+
+
 def first_entry(target: Target, name: str | None = None) -> RuntimeEntry:
     """The first runtime of ``target`` that can run here, or the one called ``name``.
 
@@ -127,4 +161,7 @@ def open_runtime(bundle: Path, manifest: Manifest, threads: int | None = None, n
         UsageError: unknown runtime name.
         BackendMissingError: none of them can run on this host.
     """
+    elsewhere = runs_elsewhere(manifest)
+    if elsewhere is not None:
+        raise BackendMissingError(f"{bundle} cannot be run here: {elsewhere}")
     return first_entry(manifest.target, name).load().open_runtime(bundle, manifest, threads)

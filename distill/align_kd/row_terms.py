@@ -13,7 +13,8 @@ from distill.losses.fused_rows import FusedRows, can_fuse, sum_of_chunks
 from distill.settings.terms import TermSettings
 from distill.teacher.view import TeacherRows
 
-MAX_LOGITS = 1 << 20  # logits of one model alive at a time: 4 MiB in float32, of which a chunk's terms make a dozen
+MAX_LOGITS = 1 << 20  # of a chunk on a CPU: 4 MiB in float32, of which its terms make a dozen
+PRODUCT_LOGITS = 8 * MAX_LOGITS  # of one product with lm_head: fewer do not fill a GPU, and run at half speed on a CPU
 
 
 def row_terms(
@@ -35,8 +36,9 @@ def row_terms(
         foretold: [K], the weight that the weighted sum is going to give each term.
         vocabulary: words of the student.
     """
-    limit = MAX_LOGITS if hidden.device.type == "cpu" else MAX_LOGITS << 3  # small products do not fill a GPU
+    limit = MAX_LOGITS if hidden.device.type == "cpu" else PRODUCT_LOGITS
     size = max(1, limit // vocabulary)
+    together = size * (PRODUCT_LOGITS // limit)
     theirs: Sequence[TeacherRows | None] = [None] * len(targets.split(size)) if rows is None else rows.split(size)
     supervised = (targets != -100).sum().clamp_min(1)
     every = torch.full_like(supervised, max(1, len(targets)))
@@ -47,7 +49,7 @@ def row_terms(
         return torch.stack(terms) / count  # [K]
 
     if can_fuse(lm_head):
-        sums = FusedRows(lm_head, chunk_terms, size)(hidden, foretold)
+        sums = FusedRows(lm_head, chunk_terms, size, together)(hidden, foretold)
     else:  # recomputed in the backward pass, so that no two chunks' logits are alive together
         sums = sum_of_chunks(lm_head, chunk_terms, size, hidden)
     return dict(zip(names, sums, strict=True))

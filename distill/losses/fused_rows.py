@@ -1,9 +1,10 @@
 """Rows of hidden states, lm_head, terms of logits -> sums of the terms; their gradients are made in the forward pass.
 
-No two chunks' logits are ever alive together, and none is computed twice in a training step: while a chunk's logits are
-there, the gradients of the weighted sum of terms into the hidden states and into lm_head's weight are added up. The
-weights that the backward pass will bring have to be foretold for that. Where it brings others (one term's own
-gradient, weights that changed), the chunks are run again with those: slower, and as exact.
+Logits are made for as many rows as a matrix product needs to run at full speed, but terms a smaller chunk at a time:
+they hold a dozen tensors of their logits' size. A chunk's logits give way to their gradient, and from those of all rows
+two more products make the gradients into the hidden states and into lm_head's weight. So no logits are computed twice
+in a training step, but the weights that the backward pass will bring have to be foretold. Where it brings others (one
+term's own gradient, weights that changed), the rows are run again with those: slower, and as exact.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ class FusedRows:
     Args:
         lm_head: see ``can_fuse``.
         terms: of a chunk's logits.
-        chunk_rows: rows whose logits are alive together.
+        chunk_rows: rows whose terms are computed together.
+        product_rows: rows whose logits are alive together, a multiple of ``chunk_rows``.
     """
 
     lm_head: nn.Linear
     terms: ChunkTerms
     chunk_rows: int
+    product_rows: int
 
     def __call__(self, hidden: torch.Tensor, foretold: torch.Tensor) -> torch.Tensor:
         """Hidden states [S, D], the weight [K] that the backward pass will give each term -> sums over rows [K]."""
@@ -57,25 +60,33 @@ class FusedRows:
         Called with gradients off.
         """
         sums: torch.Tensor | None = None
-        for first in range(0, max(1, len(hidden)), self.chunk_rows):
-            last = min(first + self.chunk_rows, len(hidden))
-            part = hidden[first:last]  # [c, D]
-            logits = self.lm_head(part)  # [c, V]
-            if d_hidden is None and d_weight is None:
-                values = self.terms(logits, first, last)
-            else:
-                with torch.enable_grad():
-                    values = self.terms(logits.requires_grad_(True), first, last)
-                    (slope,) = torch.autograd.grad((values * term_weights).sum(), logits)  # [c, V]
-                if d_hidden is not None:
-                    d_hidden[first:last] = slope @ weight
-                if d_weight is not None:
-                    _add_product(d_weight, slope.t(), part, first == 0)
-                del slope
-            sums = values.detach() if sums is None else sums + values.detach()
-            del logits, values  # before the next chunk's
+        differs = d_hidden is not None or d_weight is not None
+        for begin in range(0, max(1, len(hidden)), self.product_rows):
+            part = hidden[begin : begin + self.product_rows]  # [p, D]
+            logits = self.lm_head(part)  # [p, V]
+            for first in range(0, max(1, len(part)), self.chunk_rows):
+                chunk = logits[first : first + self.chunk_rows]  # [c, V]
+                values = self._chunk(chunk, begin + first, term_weights if differs else None)
+                sums = values if sums is None else sums + values
+            if d_hidden is not None:
+                d_hidden[begin : begin + len(part)] = logits @ weight
+            if d_weight is not None:
+                _add_product(d_weight, logits.t(), part, begin == 0)
+            del logits, chunk  # before the next rows'
         assert sums is not None
         return sums
+
+    def _chunk(self, logits: torch.Tensor, first: int, term_weights: torch.Tensor | None) -> torch.Tensor:
+        """Terms [K] of a chunk's logits [c, V]; with weights, the weighted sum's gradient is put in their place."""
+        last = first + len(logits)
+        if term_weights is None:
+            return self.terms(logits, first, last).detach()
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_(True)
+            values = self.terms(leaf, first, last)
+            (slope,) = torch.autograd.grad((values * term_weights).sum(), leaf)  # [c, V]
+        logits.copy_(slope)
+        return values.detach()
 
 
 def can_fuse(lm_head: nn.Module) -> TypeGuard[nn.Linear]:

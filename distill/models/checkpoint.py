@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from transformers.initialization import no_init_weights
 
 from bundle.errors import UsageError
 from bundle.staging import inside
-from distill.models.llava import LLAVA_ARCHITECTURE, llava_config, our_names
+from distill.models.llava import LLAVA_ARCHITECTURE, llava_config, our_names, refuse_other_parts
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from distill.models.projector import LDP_V1, LDP_V2, LINEAR, mlp_depth
+from distill.models.unsupported import unsupported_architecture
 
 # MobileVLM's as published; LLaVA's own training code writes the same layout
 PUBLISHED_ARCHITECTURES = ("MobileLlamaForCausalLM", "LlavaLlamaForCausalLM")
@@ -90,19 +90,11 @@ def open_checkpoint(path: str | Path) -> tuple[MobileVlm, dict[str, StoredTensor
     """
     folder = Path(path)
     config = read_json(folder / "config.json", folder)
-    architecture = (config.get("architectures") or ["(none)"])[0]
+    architecture = architecture_of(config, folder)
     if architecture in PUBLISHED_ARCHITECTURES:
         open_layout = _open_published
-    elif architecture == OUR_ARCHITECTURE:
-        open_layout = _open_ours
-    elif architecture == LLAVA_ARCHITECTURE:
-        open_layout = _open_llava
     else:
-        nearest = get_close_matches(architecture, SUPPORTED, n=1, cutoff=0)[0]
-        raise UsageError(
-            f"{folder}: architecture '{architecture}' is not supported; supported: {', '.join(SUPPORTED)}; the nearest "
-            f"is {nearest}"
-        )
+        open_layout = _open_llava if architecture == LLAVA_ARCHITECTURE else _open_ours
     try:
         ours, weights = open_layout(folder, config)
         with torch.device("meta"):
@@ -114,6 +106,20 @@ def open_checkpoint(path: str | Path) -> tuple[MobileVlm, dict[str, StoredTensor
         ) from error
     _check(vlm, weights, folder)
     return vlm.eval(), weights
+
+
+def architecture_of(config: dict[str, Any], folder: Path) -> str:
+    """The architecture that config.json names.
+
+    Raises:
+        UsageError: it, or a part of a LLaVA, is not supported; the line says what is, and what is nearest.
+    """
+    name = (config.get("architectures") or ["(none)"])[0]
+    if name not in SUPPORTED:
+        raise UsageError(f"{folder}: {unsupported_architecture(name, SUPPORTED, LLAVA_ARCHITECTURE)}")
+    if name == LLAVA_ARCHITECTURE:
+        refuse_other_parts(config, folder)
+    return name
 
 
 def read_json(path: Path, folder: Path) -> dict[str, Any]:

@@ -31,11 +31,11 @@ PREFIXES = {
 }
 
 
-def llava_config(raw: dict[str, Any], folder: Path) -> MobileVlmConfig:
-    """config.json of such a checkpoint -> MobileVlmConfig.
+def refuse_other_parts(raw: dict[str, Any], folder: Path) -> None:
+    """Raise where config.json names a decoder or tower of another kind.
 
     Raises:
-        UsageError: its decoder or tower is of another kind.
+        UsageError: the part, its kind and the supported ones.
     """
     for part, kinds, default in (("text_config", TEXT_CONFIGS, "llama"), ("vision_config", VISION_CONFIGS, CLIP)):
         given = raw.get(part)
@@ -44,6 +44,15 @@ def llava_config(raw: dict[str, Any], folder: Path) -> MobileVlmConfig:
             raise UsageError(
                 f"{folder}: {part} model_type '{kind}' is not supported; supported: {', '.join(sorted(kinds))}"
             )
+
+
+def llava_config(raw: dict[str, Any], folder: Path) -> MobileVlmConfig:
+    """config.json of such a checkpoint -> MobileVlmConfig.
+
+    Raises:
+        UsageError: as ``refuse_other_parts``.
+    """
+    refuse_other_parts(raw, folder)
     theirs = LlavaConfig.from_dict(raw)
     text: Any = theirs.text_config  # both parts are configs by now, of the kinds that were checked
     vision: Any = theirs.vision_config

@@ -11,7 +11,7 @@ from bundle.manifest import ImageSpec, PromptSpec, TokenizerSpec
 from bundle.prompt import TEMPLATES
 from bundle.tokenizer import open_tokenizer
 from distill.models.chat_template import ChatTurns
-from distill.models.checkpoint import PUBLISHED_ARCHITECTURES, read_json, tower_directory
+from distill.models.checkpoint import PUBLISHED_ARCHITECTURES, architecture_of, read_json, tower_directory
 from distill.models.llava import LLAVA_ARCHITECTURE
 from distill.models.llava_processing import PILLOW_BICUBIC, PREPROCESSOR_FILE, llava_images, llava_tokens
 
@@ -33,15 +33,16 @@ def read_processing(checkpoint: str | Path) -> Processing:
     """Read the processing of a checkpoint, ours, the published layout or Hugging Face LLaVA.
 
     Raises:
-        UsageError: a file is missing or of the wrong shape, a setting is not supported, or tokenizer and model have
-            vocabularies of different size.
+        UsageError: the architecture is not supported, a file is missing or of the wrong shape, a setting is not
+            supported, or tokenizer and model have vocabularies of different size.
     """
     folder = Path(checkpoint)
     config = read_json(folder / "config.json", folder)
-    if (config.get("architectures") or [""])[0] == LLAVA_ARCHITECTURE:
+    architecture = architecture_of(config, folder)
+    if architecture == LLAVA_ARCHITECTURE:
         spec, prompt, turns = llava_tokens(folder, config)
         return Processing(llava_images(folder, config), prompt, folder / spec.path, spec, turns)
-    published = (config.get("architectures") or [""])[0] in PUBLISHED_ARCHITECTURES
+    published = architecture in PUBLISHED_ARCHITECTURES
     text = config if published else config.get("text_config", {})
     tokenizer = _tokenizer_spec(folder, text)
     path = folder / TOKENIZER_FILE

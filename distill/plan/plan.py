@@ -12,7 +12,7 @@ from torch import nn
 
 from bundle.tokenizer import Tokenizer, open_tokenizer
 from distill.align_kd.module import AlignKD
-from distill.align_kd.row_terms import MAX_LOGITS
+from distill.align_kd.row_terms import PRODUCT_LOGITS
 from distill.batches.encoding import encode_row, room_for_ids
 from distill.data.conversation import Row
 from distill.data.rows import IndexedRows, read_rows
@@ -192,7 +192,7 @@ def _sizes(config: DistillConfig, module: AlignKD, trained: tuple[Trained, ...],
         decoder=_decoder(student),
         teacher_decoder=_decoder(teacher) if teacher is not None else None,
         tokens=config.batch_size * longest,
-        logit_values=min(MAX_LOGITS, config.batch_size * longest * student.config.text_config.vocab_size),
+        logit_values=min(PRODUCT_LOGITS, config.batch_size * longest * student.config.text_config.vocab_size),
     )
 
 

@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from bundle.errors import UsageError
-from distill.batches.dataset import Example, LlavaDataset
+from distill.batches.dataset import Example
 from distill.batches.image_store import BadImageError, ImageStore
 from distill.data.conversation import Row
 from distill.models.mobilevlm import MobileVlm
@@ -44,65 +41,82 @@ def asked_by(config: DistillConfig | CacheConfig, student_layers: int) -> Asked:
     return Asked(terms, config.mask, config.divergence_temperature, config.top_k, groups)
 
 
-def open_recording(
-    config: DistillConfig, student: MobileVlm, processing: Processing, dataset: LlavaDataset, console: Console
-) -> TeacherCache | None:
-    """``open_cache`` of a whole data set, with progress; None without --cache or when no term needs a teacher."""
-    if config.cache is None:
-        return None
-    if not config.needs_teacher:
-        console.print(f"teacher cache {config.cache} is not opened: no loss term with a weight needs it")
-        return None
-    disable = not console.is_terminal
-    with Progress(console=console, transient=True, disable=disable) as progress:
-        examples = progress.track((dataset[i] for i in range(len(dataset))), len(dataset), description="teacher cache")
-        cache = open_cache(config, student, processing, examples)
-    console.print(
-        f"teacher {cache.teacher.sha256[:12]} is read from {config.cache}: {', '.join(sorted(cache.parts))}",
-        soft_wrap=True,
-    )
-    return cache
+@dataclass(frozen=True)
+class Lacking:
+    """What recordings lack of some conversations.
+
+    Attributes:
+        missing: (part, identity) -> conversations without an entry, for each recording that may serve.
+        total: conversations looked at.
+    """
+
+    missing: Mapping[tuple[str, str], int]
+    total: int
+
+    def __add__(self, other: Lacking) -> Lacking:
+        """Of both, when they looked for the same recordings."""
+        both = {one: number + other.missing[one] for one, number in self.missing.items()}
+        return Lacking(both, self.total + other.total)
 
 
-def open_cache(
-    config: DistillConfig, student: MobileVlm, processing: Processing, examples: Iterable[Example]
-) -> TeacherCache:
-    """The recording that training reads instead of running a teacher; of several that are whole, the fullest.
+class CacheSearch:
+    """The recordings in a cache that are of the right teacher, template, mask and temperature.
+
+    ``lacking`` of all conversations, in one process or added up over several that share them, decides what is read.
 
     Raises:
-        UsageError: no cache there, it is of another teacher, template, mask or temperature, lacks what a term needs, or
-            lacks conversations; the line names the command that completes it.
+        UsageError: no cache there, it is of another teacher, template, mask or temperature, or lacks what a term needs;
+            the line names the command that completes it.
     """
-    assert config.cache is not None
-    question = _Question(config, asked_by(config, student.config.text_config.num_hidden_layers or 0))
-    ledger = PartLedger(config.cache)
-    teacher = question.teacher_of(ledger)
-    _check_pair(teacher, student, config.student)
-    identity = processing_identity(processing)
-    candidates = {
-        part: [identity_hash(one) for one in question.recorded(ledger, part, demand)]
-        for part, demand in demands(question.asked, teacher.sha256, identity).items()
-    }
-    if config.freeze_tower:
-        demand = features_demand(tower_hash(student), identity)
-        candidates["features"] = [identity_hash(one) for one in ledger.matching(demand)]
-    reader, digests = ShardReader(config.cache / SHARDS), ImageDigests(config.cache / DIGESTS)
-    left_out = _cannot_be_read(ImageStore(processing.image, 0)) if config.on_bad_image == "skip" else _no_row
-    missing, total = count_missing(reader, digests, candidates, examples, left_out)
-    chosen, lacking = {}, {}
-    for part, identities in candidates.items():
-        if identities:
-            best = min(identities, key=lambda one, part=part: missing[part, one])  # type: ignore[misc]
-            if missing[part, best] and part != "features":  # the tower itself can still look
-                lacking[part] = missing[part, best]
-            elif not missing[part, best]:
-                chosen[part] = best
-    if lacking:
-        listed = ", ".join(f"{part} of {number}" for part, number in lacking.items())
-        raise UsageError(
-            f"{config.cache} lacks {listed} of {total} conversations; complete it: {recording_command(config)}"
-        )
-    return TeacherCache(reader, digests, teacher, chosen, student.config.feature_shape)
+
+    def __init__(self, config: DistillConfig, student: MobileVlm, processing: Processing) -> None:
+        assert config.cache is not None
+        self._config, self._feature_shape = config, student.config.feature_shape
+        question = _Question(config, asked_by(config, student.config.text_config.num_hidden_layers or 0))
+        ledger = PartLedger(config.cache)
+        self.teacher = question.teacher_of(ledger)
+        _check_pair(self.teacher, student, config.student)
+        identity = processing_identity(processing)
+        self._candidates = {
+            part: [identity_hash(one) for one in question.recorded(ledger, part, demand)]
+            for part, demand in demands(question.asked, self.teacher.sha256, identity).items()
+        }
+        if config.freeze_tower:
+            demand = features_demand(tower_hash(student), identity)
+            self._candidates["features"] = [identity_hash(one) for one in ledger.matching(demand)]
+        self._reader = ShardReader(config.cache / SHARDS)
+        self._digests = ImageDigests(config.cache / DIGESTS)
+        self._left_out = _cannot_be_read(ImageStore(processing.image, 0)) if config.on_bad_image == "skip" else _no_row
+
+    def lacking(self, examples: Iterable[Example]) -> Lacking:
+        """Look every conversation up.
+
+        Raises:
+            UsageError: an image cannot be read, of a row that training does not leave out.
+        """
+        return count_missing(self._reader, self._digests, self._candidates, examples, self._left_out)
+
+    def chosen(self, lacking: Lacking) -> TeacherCache:
+        """The recording that training reads instead of running a teacher; of several that are whole, the fullest.
+
+        Raises:
+            UsageError: none has every conversation; the line names the command that completes it.
+        """
+        parts, short = {}, {}
+        for part, identities in self._candidates.items():
+            if identities:
+                best = min(identities, key=lambda one, part=part: lacking.missing[part, one])  # type: ignore[misc]
+                if lacking.missing[part, best] and part != "features":  # the tower itself can still look
+                    short[part] = lacking.missing[part, best]
+                elif not lacking.missing[part, best]:
+                    parts[part] = best
+        if short:
+            listed = ", ".join(f"{part} of {number}" for part, number in short.items())
+            raise UsageError(
+                f"{self._config.cache} lacks {listed} of {lacking.total} conversations; "
+                f"complete it: {recording_command(self._config)}"
+            )
+        return TeacherCache(self._reader, self._digests, self.teacher, parts, self._feature_shape)
 
 
 def recorded_teacher(config: DistillConfig, student_layers: int) -> TeacherFacts:
@@ -121,8 +135,8 @@ def count_missing(
     candidates: Mapping[str, Sequence[str]],
     examples: Iterable[Example],
     left_out: Callable[[Row], bool],
-) -> tuple[dict[tuple[str, str], int], int]:
-    """(part, identity) -> conversations without an entry, for each candidate; and how many conversations there are.
+) -> Lacking:
+    """Conversations without an entry, for each candidate.
 
     Args:
         left_out: whether training leaves a row without an entry out of its batches; such a row lacks nothing.
@@ -148,7 +162,7 @@ def count_missing(
         if lacking and not left_out(example["row"]):
             for one in lacking:
                 missing[one] += 1
-    return missing, total
+    return Lacking(missing, total)
 
 
 def _no_row(row: Row) -> bool:

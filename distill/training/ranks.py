@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,25 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gathered(self, value: Value) -> list[Value]:
+        """Every process's ``value``, in the order of the processes; all of them must ask."""
+        if self.count == 1:
+            return [value]
+        found: list[Value | None] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return cast(list[Value], found)
+
+    def sent(self, values: torch.Tensor, source: int, device: torch.device) -> torch.Tensor:
+        """The ``values`` of process ``source``, in every process, on the CPU.
+
+        Args:
+            values: the others' are of the same shape and dtype, and are not looked at.
+            device: that the processes talk through.
+        """
+        there = values.to(device)
+        dist.broadcast(there, src=source)
+        return there.cpu()
 
     def wait(self) -> None:
         """Return when every process is here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -20,18 +21,20 @@ from distill.batches.image_store import ImageStore, OtherRowsImages
 from distill.data.rows import IndexedRows, open_rows
 from distill.evaluation.held_out import read_held_out
 from distill.models import load_vlm
+from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.settings.training import DistillConfig
 from distill.teacher.open_teacher import chosen_processing, open_teacher, place_teacher
-from distill.teacher_cache.choice import open_recording
+from distill.teacher_cache.cache import TeacherCache
 from distill.training.adapter_start import fit_visual_maps
 from distill.training.arguments import training_arguments
 from distill.training.bad_images import BadImages
-from distill.training.features import known_features
+from distill.training.features import Features, everyones_features, known_features
 from distill.training.finish import finish
 from distill.training.module import make_module
 from distill.training.progress import ProgressLine
 from distill.training.ranks import Ranks
+from distill.training.recording import find_recording
 from distill.training.stop_signals import Stopped, StopSignals
 from distill.training.tracking import trackers
 from distill.training.training_loop import DistillTrainer
@@ -70,29 +73,30 @@ def train(config: DistillConfig, console: Console | None = None) -> Path:
                 _rows(config)
         with ranks.agreed():
             rows = _rows(config)
-            module, processing, dataset, collator = _open(config, rows, console)
+            pair = _open_pair(config, rows, console)
+        recording = find_recording(config, ranks, pair.student, pair.processing, pair.dataset, console)
         stop = StopSignals(ranks)
         with ranks.agreed():
-            trainer = _trainer(config, args, ranks, module, processing, dataset, collator, stop, console)
-            begun = time.monotonic()
-            nn.Module.to(module.student.vision_tower, args.device)
-            if collator.recording is None or not collator.recording.has_features:
-                budget = config.cache_mb << 20
-                collator.features = known_features(  # on the trainer's device
-                    module, dataset.rows, collator.images, budget, leave_out_bad=config.on_bad_image == "skip"
-                )
-            if config.adapter_init == "fit":
-                fit_visual_maps(module, dataset, collator)
+            module, collator = _module_and_collator(config, pair, recording)
+            trainer = _trainer(config, args, ranks, module, pair, collator, stop, console)
+            for part in (module.student.vision_tower, module.student.projector):  # an engine that shards moves none
+                nn.Module.to(part, args.device)
+        begun = time.monotonic()
+        if recording is None or not recording.has_features:
+            collator.features = _features(config, ranks, module, rows, collator)
+        checkpoint = ranks.told(last_checkpoint(config.work))
+        with ranks.agreed():
+            if config.adapter_init == "fit" and checkpoint is None:  # which brings the maps as they were trained
+                fit_visual_maps(module, pair.dataset, collator)
         if ranks.main:
             write_text_whole(config.work / SETTINGS_FILE, json.dumps(settings_of(config), indent=1) + "\n")
-        checkpoint = ranks.told(last_checkpoint(config.work))
         with ranks.first_failure_only(), stop, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP, of small convolutions' weights
             trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps and stop.received:
             raise _stopped(config, trainer.state.global_step, stop.received)
         with ranks.agreed():
-            finish(trainer, ranks, config, processing, rows, time.monotonic() - begun)
+            finish(trainer, ranks, config, pair.processing, rows, time.monotonic() - begun)
         ranks.wait()
     return config.output
 
@@ -103,35 +107,59 @@ def _rows(config: DistillConfig) -> IndexedRows:
     return rows
 
 
-def _open(
-    config: DistillConfig, rows: IndexedRows, console: Console
-) -> tuple[AlignKD, Processing, LlavaDataset, Collator]:
+@dataclass(frozen=True)
+class _Pair:
+    """Student, teacher and data, opened; ``theirs`` is the teacher's processing, or the student's without a teacher."""
+
+    student: MobileVlm
+    teacher: MobileVlm | None
+    processing: Processing
+    theirs: Processing
+    dataset: LlavaDataset
+
+
+def _open_pair(config: DistillConfig, rows: IndexedRows, console: Console) -> _Pair:
     console.print(f"{len(rows)} conversations, {int(rows.with_image.sum())} with an image", soft_wrap=True)
     student, processing = load_vlm(config.student), chosen_processing(read_processing(config.student), config)
     teacher, theirs = None, processing
     if config.cache is None:
         teacher, theirs = open_teacher(config, student, processing, console)
-    same_pictures = theirs.image == processing.image and not config.shuffled_teacher
     tokenizer = open_tokenizer(processing.tokenizer, config.student)
     context = student.config.text_config.max_position_embeddings
     dataset = LlavaDataset(rows, processing, tokenizer, context, student.config.visual_tokens)
-    recording = open_recording(config, student, processing, dataset, console)
-    module = make_module(config, student, teacher, same_pictures, None if recording is None else recording.shape)
+    return _Pair(student, teacher, processing, theirs, dataset)
+
+
+def _module_and_collator(
+    config: DistillConfig, pair: _Pair, recording: TeacherCache | None
+) -> tuple[AlignKD, Collator]:
+    same_pictures = pair.theirs.image == pair.processing.image and not config.shuffled_teacher
+    recorded = None if recording is None else recording.shape
+    module = make_module(config, pair.student, pair.teacher, same_pictures, recorded)
     if config.gradient_checkpointing:
-        student.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        pair.student.language_model.activation_checkpointing_enable({"use_reentrant": False})
     budget = (config.cache_mb << 20) // (1 if same_pictures else 2)
+    teacher_images = None if same_pictures else ImageStore(pair.theirs.image, budget)
     collator = Collator(
-        processing.tokenizer.pad_id,
-        ImageStore(processing.image, budget),
+        pair.processing.tokenizer.pad_id,
+        ImageStore(pair.processing.image, budget),
         report_bad=True,
-        teacher_images=None if same_pictures else _teacher_images(config, ImageStore(theirs.image, budget), rows),
+        teacher_images=OtherRowsImages(teacher_images, pair.dataset.rows)
+        if teacher_images is not None and config.shuffled_teacher
+        else teacher_images,
         recording=recording,
     )
-    return module, processing, dataset, collator
+    return module, collator
 
 
-def _teacher_images(config: DistillConfig, images: ImageStore, rows: IndexedRows) -> ImageStore | OtherRowsImages:
-    return OtherRowsImages(images, rows) if config.shuffled_teacher else images
+def _features(
+    config: DistillConfig, ranks: Ranks, module: AlignKD, rows: IndexedRows, collator: Collator
+) -> Features | None:
+    """Every image's features, a share of them computed here."""
+    with ranks.agreed():
+        share, skips = (ranks.index, ranks.count), config.on_bad_image == "skip"
+        mine = known_features(module, rows, collator.images, config.cache_mb << 20, skips, share)
+    return None if mine is None else everyones_features(mine, ranks, module)
 
 
 def _trainer(
@@ -139,8 +167,7 @@ def _trainer(
     args: TrainingArguments,
     ranks: Ranks,
     module: AlignKD,
-    processing: Processing,
-    dataset: LlavaDataset,
+    pair: _Pair,
     collator: Collator,
     stop: StopSignals,
     console: Console,
@@ -150,8 +177,8 @@ def _trainer(
         held_out = read_held_out(
             config.eval_data,
             config.eval_rows,
-            processing,
-            open_tokenizer(processing.tokenizer, config.student),
+            pair.processing,
+            open_tokenizer(pair.processing.tokenizer, config.student),
             module.student.config.text_config.max_position_embeddings,
             config.batch_size,
         )
@@ -159,7 +186,7 @@ def _trainer(
     if ranks.main:
         callbacks += [ProgressLine(console), *trackers(config)]
     bad_images = BadImages(
-        dataset.rows,
+        pair.dataset.rows,
         collator.images,
         config.on_bad_image,
         config.work,
@@ -167,7 +194,7 @@ def _trainer(
         ranks.index,
         step_of(last_checkpoint(config.work)),
     )
-    trainer = DistillTrainer(module, config, args, ranks, dataset, collator, held_out, bad_images, callbacks)
+    trainer = DistillTrainer(module, config, args, ranks, pair.dataset, collator, held_out, bad_images, callbacks)
     if module.teacher is not None:
         place_teacher(module.teacher, config, args.device)
     if config.grad_norm_steps and not trainer.measures_gradients:

@@ -89,14 +89,14 @@ def test_the_peak_of_a_card_is_that_of_its_own_line(load: ModuleType) -> None:
 
 def test_operations_and_peak_bytes_are_those_of_the_step(load: ModuleType) -> None:
     cost = importlib.import_module("step_cost")
-    left, right = torch.randn(600, 1000, requires_grad=True), torch.randn(1000, 2000, requires_grad=True)
+    left, right = torch.randn(1000, 1000, requires_grad=True), torch.randn(1000, 9000, requires_grad=True)
 
     def step() -> torch.Tensor:
         return (left @ right).sum()
 
-    assert cost.operations(step) == 3 * 2 * 600 * 1000 * 2000  # forward and two gradients
+    assert cost.operations(step) == 3 * 2 * 1000 * 1000 * 9000  # forward and two gradients
     left.grad = right.grad = None
-    gradients, product = 4 * (600 * 1000 + 1000 * 2000), 4 * 600 * 2000
+    gradients, product = 4 * (1000 * 1000 + 1000 * 9000), 4 * 1000 * 9000
     assert cost.peak_bytes(step, "cpu") == pytest.approx(gradients + product, rel=0.3)
     assert left.grad is None, "measured in another process"
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ABSENT = ["torch", "transformers", "torchao", "executorch", "coremltools", "onnx", "onnxruntime"]
+ABSENT = ["torch", "transformers", "torchao", "executorch", "coremltools", "onnx", "onnxruntime", "coreai"]
 BLOCKED = f"""
 import sys
 class Absent:

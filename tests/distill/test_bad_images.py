@@ -32,6 +32,7 @@ from distill.training.bad_images import BadImages, LeftOut, read_all
 from distill.training.features import known_features
 from distill.training.progress import ProgressLine
 from distill.training.run import train
+from tests.distill.runs import break_off
 
 MakeData = Callable[..., Path]
 
@@ -176,7 +177,7 @@ def spoil_at(step: int, path: Path, fault: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_run_counts_and_names_the_rows_it_left_out_and_a_resumed_run_counts_the_same(
-    config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: DistillConfig, tmp_path: Path
 ) -> None:
     (config.data.parent / "images" / "3.png").write_bytes(b"no picture")
     output = train(config)
@@ -188,15 +189,7 @@ def test_a_run_counts_and_names_the_rows_it_left_out_and_a_resumed_run_counts_th
     assert "1 rows were left out, their image could not be read" in (output / "README.md").read_text()
 
     broken = replace(config, output=tmp_path / "broken")
-
-    def stop(self: ProgressLine, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ProgressLine, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(broken)
+    break_off(broken, 5)
     resumed = train(replace(broken, resume=True))
     again = json.loads((resumed / "training_log.json").read_text())
     assert [entry["rows_left_out"] for entry in again["log"] if "loss" in entry][-1] == 2

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from bundle.errors import UsageError
 from bundle.tokenizer import open_tokenizer
 from distill.align_kd.module import AlignKD
 from distill.batches.collator import BAD_ROWS, Collator
-from distill.batches.dataset import LlavaDataset
+from distill.batches.dataset import Example, LlavaDataset
 from distill.batches.image_store import BadImageError, ImageStore
 from distill.data.image_source import PackedImage
 from distill.data.rows import open_rows
@@ -29,9 +31,11 @@ from distill.plan.plan import make_plan
 from distill.plan.report import plan_lines
 from distill.settings.recording import CacheConfig, CacheStorage
 from distill.settings.training import DistillConfig
-from distill.teacher_cache.choice import open_cache
+from distill.teacher_cache.choice import CacheSearch, Lacking
 from distill.teacher_cache.image_digests import ImageDigests
 from distill.teacher_cache.record import Recorded, record
+from distill.training.ranks import Ranks
+from distill.training.recording import find_recording
 from distill.training.run import train
 from tests.distill.processes import launch
 
@@ -107,7 +111,8 @@ def test_a_batch_of_bad_images_alone_has_every_term(config: DistillConfig, featu
     student, processing = load_vlm(config.student), read_processing(config.student)
     rows = open_rows(config.data, config.image_folder)
     dataset = LlavaDataset(rows, processing, open_tokenizer(processing.tokenizer, config.student), 2048, 144)
-    recording = open_cache(config, student, processing, [dataset[i] for i in range(6)])
+    search = CacheSearch(config, student, processing)
+    recording = search.chosen(search.lacking(dataset[i] for i in range(6)))
     collator = Collator(processing.tokenizer.pad_id, ImageStore(processing.image, 0), None, True, None, recording)
     module = AlignKD(student, None, config.term_weights, recorded_teacher=recording.shape)
     whole = module(**collator([dataset[i] for i in (0, 1, 2)]))
@@ -145,6 +150,35 @@ def test_two_processes_read_one_cache(config: DistillConfig, engine: str, tmp_pa
         expected, found = load_file(live / name), load_file(config.output / name)
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, atol=2e-4, rtol=2e-3)
+
+
+def test_two_processes_share_the_look_up(config: DistillConfig) -> None:
+    do_record(config)
+    student, processing = load_vlm(config.student), read_processing(config.student)
+    asked: list[int] = []
+
+    class Asked(LlavaDataset):
+        def __getitem__(self, index: int) -> Example:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    class Second(Ranks):
+        """The second of two processes; the first has found that one conversation lacks everything."""
+
+        def __init__(self) -> None:
+            self.index, self.count, self.main = 1, 2, False
+
+        def agreed(self) -> AbstractContextManager[None]:  # type: ignore[override]
+            return nullcontext()
+
+        def gathered(self, value: Any) -> list[Any]:
+            return [Lacking(dict.fromkeys(value.missing, 1), 3), value]
+
+    tokenizer = open_tokenizer(processing.tokenizer, config.student)
+    dataset = Asked(open_rows(config.data, config.image_folder), processing, tokenizer, 2048, 144)
+    with pytest.raises(UsageError, match=r"lacks .*rows of 1.* of 6 conversations; complete it"):
+        find_recording(config, Second(), student, processing, dataset, QUIET)
+    assert asked == [1, 3, 5]
 
 
 def test_a_packed_picture_is_the_same_content_as_its_file(tmp_path: Path) -> None:

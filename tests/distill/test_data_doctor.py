@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from PIL import Image
 
 from bundle.errors import UsageError
 from distill.data.rows import parse_row
-from distill.data_cli import main
 from distill.data_doctor.doctor import check_data
 from distill.data_doctor.findings import DataReport
 from distill.data_doctor.row_check import LengthRule
+from tests.distill.runs import data_command
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 ROOMY = LengthRule(max_length=2048, visual_tokens=144)
@@ -159,18 +158,11 @@ def test_lengths_with_a_checkpoint_are_those_of_training(folder: Path) -> None:
     assert check(folder, [row()]).longest < expected  # words are never more than tokens
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["alignkd-data", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
-
-
 def test_the_command_names_rows_and_counts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, [row("1"), row("2", "gone.png"), row("3", answer="")])
-    assert run(monkeypatch, "check", folder, "--json") == 1
+    assert data_command(monkeypatch, "check", folder, "--json") == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("fault: row 1 (id '2'): image-missing: ")
     assert lines[1] == "fault: row 2 (id '3'): empty-answer: message 1: the answer is empty"
@@ -187,7 +179,7 @@ def test_a_sound_set_is_code_0_by_file_and_by_directory(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(folder, [row()])
-    assert run(monkeypatch, "check", folder) == run(monkeypatch, "check", data) == 0
+    assert data_command(monkeypatch, "check", folder) == data_command(monkeypatch, "check", data) == 0
     assert capsys.readouterr().out.count("no faults") == 2
 
 
@@ -195,10 +187,10 @@ def test_a_long_list_is_cut_and_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(folder, [row(str(i), answer="") for i in range(6)])
-    assert run(monkeypatch, "check", folder, "--show", "2") == 1
+    assert data_command(monkeypatch, "check", folder, "--show", "2") == 1
     out = capsys.readouterr().out
     assert out.count("fault: row") == 2 and "... and 4 more" in out and "6 of 6 rows are faulty" in out
-    assert run(monkeypatch, "check", folder, "--show", "0") == 1
+    assert data_command(monkeypatch, "check", folder, "--show", "0") == 1
     assert capsys.readouterr().out.count("fault: row") == 6
 
 
@@ -214,7 +206,7 @@ def test_a_file_of_the_wrong_shape_is_one_line_and_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "d.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert run(monkeypatch, "check", tmp_path / "d.json") == 2
+    assert data_command(monkeypatch, "check", tmp_path / "d.json") == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
@@ -238,5 +230,5 @@ def test_usage_mistakes_are_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.json").write_text(json.dumps([row(image=None)]))
-    assert run(monkeypatch, *arguments) == 2
+    assert data_command(monkeypatch, *arguments) == 2
     assert message in capsys.readouterr().err

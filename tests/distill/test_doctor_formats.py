@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,11 @@ import pytest
 from formats import WRITERS, add_member, add_sample
 from PIL import Image
 
-from distill.data_cli import main
 from distill.data_doctor.doctor import ImageRule, check_data
 from distill.data_doctor.findings import DataReport, Findings
 from distill.data_doctor.row_check import LengthRule
 from distill.demo_world.demo_benchmarks import WRITERS as BENCHMARKS
+from tests.distill.runs import data_command
 
 STUDENT = Path(__file__).parents[1] / "golden" / "reference" / "student"
 ROOMY = LengthRule(max_length=2048, visual_tokens=144)
@@ -215,22 +214,15 @@ def test_findings_beyond_the_limit_are_counted(monkeypatch: pytest.MonkeyPatch) 
     assert (len(found.listed), found.by_kind(), found.left_out) == (2, {"image-missing": 5}, 3)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["alignkd-data", "check", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
-
-
 def test_the_command_on_shards_with_benchmarks(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = WRITERS["tar"](folder, sound())
     (folder / "bench" / "x").mkdir(parents=True)
     pixels(2).save(folder / "bench" / "x" / "q.jpg", quality=60)
-    assert run(monkeypatch, data, "--workers", 1, "--json") == 0
+    assert data_command(monkeypatch, "check", data, "--workers", 1, "--json") == 0
     words = ("--benchmarks", folder / "bench", "--workers", 2, "--json")
-    assert run(monkeypatch, data, *words) == 1
+    assert data_command(monkeypatch, "check", data, *words) == 1
     lines = capsys.readouterr().out.splitlines()
     leak = next(line for line in lines if "benchmark-leak" in line)
     assert leak.startswith("fault: row 2 (id '2'): benchmark-leak: s-000000.tar:00002.png is in a benchmark: ")
@@ -258,5 +250,5 @@ def test_usage_mistakes_are_code_2(
 ) -> None:
     monkeypatch.chdir(folder)
     (folder / "empty").mkdir()
-    assert run(monkeypatch, WRITERS["list"](folder, sound()), *words) == 2
+    assert data_command(monkeypatch, "check", WRITERS["list"](folder, sound()), *words) == 2
     assert message in capsys.readouterr().err

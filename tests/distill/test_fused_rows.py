@@ -13,7 +13,7 @@ from distill.models.mobilevlm import MobileVlm
 from distill.settings.terms import PRESETS
 
 Batch = dict[str, torch.Tensor]
-ROWS, WIDTH, WORDS, CHUNK = 11, 8, 40, 4
+ROWS, WIDTH, WORDS, CHUNK, PRODUCT = 19, 8, 40, 4, 8
 NAMES = list(DIVERGENCES)
 
 
@@ -41,10 +41,10 @@ def make(lm_head: nn.Linear, teacher: torch.Tensor) -> FusedRows:
         log_student = log_probabilities(logits, 1.0)
         return torch.stack([DIVERGENCES[name](log_student, teacher[first:last]).sum() for name in NAMES])
 
-    return FusedRows(lm_head, terms, CHUNK)
+    return FusedRows(lm_head, terms, CHUNK, PRODUCT)
 
 
-@pytest.mark.parametrize("rows", [0, 1, CHUNK, ROWS])
+@pytest.mark.parametrize("rows", [0, 1, CHUNK, PRODUCT, PRODUCT + 1, ROWS])
 @pytest.mark.parametrize("factor", [1.0, -0.25])
 def test_every_divergence_has_the_values_and_gradients_of_plain_autograd(rows: int, factor: float) -> None:
     hidden, lm_head, teacher = parts(rows)
@@ -52,7 +52,7 @@ def test_every_divergence_has_the_values_and_gradients_of_plain_autograd(rows: i
     fused, calls = make(lm_head, teacher), Calls(lm_head)
     sums = fused(hidden, weights)
     found = torch.autograd.grad((sums * weights * factor).sum(), [hidden, lm_head.weight])
-    assert calls.count == max(1, -(-rows // CHUNK)), "no chunk is run again"
+    assert calls.count == max(1, -(-rows // PRODUCT)), "no rows are run again"
     plain = fused.terms(lm_head(hidden), 0, rows)
     expected = torch.autograd.grad((plain * weights * factor).sum(), [hidden, lm_head.weight])
     torch.testing.assert_close(sums, plain)

@@ -92,6 +92,19 @@ def test_two_processes_killed_and_resumed_train_as_one(
     assert [entry["step"] for entry in accuracy] == [10, 20]
 
 
+def test_two_sharded_processes_train_in_bfloat16(words: list[object], folder: Path) -> None:
+    """With adapters of their own, a term from every kind, and close to one process in the same arithmetic."""
+    words = [*words, "--max-steps", 4, "--bf16", "--weights.normed-visual", 0.5, "--weights.attention-kl", 0.5]
+    one, two = folder / "one_bf16", folder / "two_bf16"
+    succeeded([start([*words, "--output", one, "--batch-size", 4], folder)])
+    succeeded(launch(launch_config("cpu_2_fsdp2"), [*words, "--output", two], folder))
+    for ours, theirs in zip(log_of(one), log_of(two), strict=True):
+        terms = [name for name in ours if name.startswith("term/")]
+        assert len(terms) == 7
+        assert {name: theirs[name] for name in terms} == pytest.approx({n: ours[n] for n in terms}, rel=5e-2, abs=1e-3)
+    assert all(value.dtype == torch.float32 for value in load_file(two / "adapters.safetensors").values())
+
+
 def test_a_mistake_that_all_see_is_told_once(words: list[object], folder: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     processes = launch(launch_config("cpu_2_ddp"), [*words, "--output", tmp_path / "there"], folder)

@@ -34,7 +34,7 @@ from distill.models.processing import read_processing
 from distill.settings.recording import CacheConfig, CacheStorage
 from distill.settings.terms import DIVERGENCE_TERMS, TermSettings, TermWeights
 from distill.settings.training import DistillConfig
-from distill.teacher_cache.choice import open_cache, recording_command
+from distill.teacher_cache.choice import CacheSearch, recording_command
 from distill.teacher_cache.identity import checkpoint_sha256
 from distill.teacher_cache.image_digests import ImageDigests
 from distill.teacher_cache.parts import NEEDS
@@ -91,7 +91,8 @@ def examples_of(config: DistillConfig) -> tuple[list[Example], Collator, MobileV
     examples = [dataset[i] for i in range(len(dataset))]
     collator = Collator(processing.tokenizer.pad_id, ImageStore(processing.image, 1 << 30))
     if config.cache is not None:
-        collator.recording = open_cache(config, student, processing, examples)
+        search = CacheSearch(config, student, processing)
+        collator.recording = search.chosen(search.lacking(examples))
     return examples, collator, student
 
 
@@ -238,12 +239,12 @@ def test_a_killed_recording_goes_on(config: DistillConfig, tmp_path: Path) -> No
         "import sys, time\n"
         "from distill.teacher_cache import shards\n"
         "from distill import cli\n"
-        "flush = cache_shards.ShardWriter.flush\n"
+        "flush = shards.ShardWriter.flush\n"
         "def slow(self):\n    flush(self)\n    time.sleep(30)\n"
-        "cache_shards.ShardWriter.flush = slow\n"
-        "add = cache_shards.ShardWriter.add\n"
+        "shards.ShardWriter.flush = slow\n"
+        "add = shards.ShardWriter.add\n"
         "def one_shard_each(self, part, key, entry):\n    self.shard_bytes = 1\n    add(self, part, key, entry)\n"
-        "cache_shards.ShardWriter.add = one_shard_each\n"
+        "shards.ShardWriter.add = one_shard_each\n"
         "sys.argv = ['alignkd-distill', 'cache', *sys.argv[1:]]\n"
         "cli.main()\n"
     )

@@ -22,8 +22,8 @@ from distill.models.processing import read_processing
 from distill.settings.terms import TermWeights
 from distill.settings.training import DistillConfig
 from distill.training.features import known_features
-from distill.training.progress import ProgressLine
 from distill.training.run import train
+from tests.distill.runs import break_off
 
 MakeData = Callable[..., Path]
 
@@ -95,16 +95,11 @@ def test_a_resumed_run_is_the_straight_run(
 ) -> None:
     straight = weights(train(config))
     broken = replace(config, output=tmp_path / "broken")
-
-    def stop(self: ProgressLine, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ProgressLine, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(broken)
+    break_off(broken, 5)
     assert not broken.output.exists() and (broken.work / "checkpoint-3").is_dir()
+    monkeypatch.setattr(
+        "distill.training.run.fit_visual_maps", lambda *_: pytest.fail("the checkpoint brings the maps")
+    )
     resumed = weights(train(replace(broken, resume=True)))
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
@@ -136,15 +131,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(config: DistillCo
     assert train(replace(config, resume=True)) == config.output
 
 
-def test_a_run_broken_off_before_its_first_checkpoint_leaves_nothing(
-    config: DistillConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(self: ProgressLine, *args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ProgressLine, "on_step_end", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
+def test_a_run_broken_off_before_its_first_checkpoint_leaves_nothing(config: DistillConfig) -> None:
+    break_off(config, 1)
     assert not config.output.exists() and not config.work.exists()
 
 
@@ -175,6 +163,12 @@ def test_features_are_kept_only_where_one_frozen_tower_sees_all(
     features = known_features(module, rows, images, 1 << 30)
     assert features is not None and set(features) == {row.image for row in rows if row.image}
     assert next(iter(features.values())).shape == (24 * 24, 32)
+    shares = [known_features(module, rows, images, 1 << 30, share=(number, 2)) for number in (0, 1)]
+    assert [len(share or {}) for share in shares] == [2, 2]
+    for share in shares:
+        for image, values in (share or {}).items():
+            torch.testing.assert_close(values, features.pop(image))
+    assert not features
     assert known_features(module, rows, images, 1000) is None
     with torch.no_grad():
         next(teacher.vision_tower.parameters()).add_(1)

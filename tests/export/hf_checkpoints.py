@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tests.distill.llava_checkpoints import CHATML, VICUNA, make_llava
+from tests.distill.llava_checkpoints import CHATML, INTERLEAVE, VICUNA, make_llava
 
 SIZE, PATCH = 48, 16
 KINDS = [(text, tower) for text in ("llama", "qwen2") for tower in ("clip_vision_model", "siglip_vision_model")]
@@ -27,6 +27,52 @@ SENTENCES = (
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+# What a checkpoint of the family may say otherwise than the four plain ones.
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tied embeddings": ("qwen2", "clip_vision_model", {"text_changes": {"tie_word_embeddings": True}}),
+    "biases everywhere, wide heads": (
+        "llama",
+        "clip_vision_model",
+        {"text_changes": {"attention_bias": True, "mlp_bias": True, "head_dim": 32}},
+    ),
+    "scaled rotary": ("llama", "siglip_vision_model", {"text_changes": {"rope_parameters": LLAMA3_ROPE}}),
+    "one key head, another base": (
+        "qwen2",
+        "siglip_vision_model",
+        {
+            "text_changes": {
+                "num_key_value_heads": 1,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                "layer_types": ["full_attention"] * 2,
+            }
+        },
+    ),
+    "several layers of the tower, class token kept": (
+        "llama",
+        "clip_vision_model",
+        {"vision_feature_layer": [-2, 1, 0], "vision_feature_select_strategy": "full"},
+    ),
+    "last layer, first patch dropped, plain projector": (
+        "qwen2",
+        "siglip_vision_model",
+        {
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "projector_hidden_act": "relu",
+            "multimodal_projector_bias": False,
+        },
+    ),
+    "a line feed before each text": ("qwen2", "siglip_vision_model", {"chat": INTERLEAVE}),
+    "window as wide as the context": (
+        "qwen2",
+        "clip_vision_model",
+        {"text_changes": {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 1}},
+    ),
+}
 
 
 def llama_tokenizer(chat: str = VICUNA) -> PreTrainedTokenizerFast:

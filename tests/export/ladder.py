@@ -22,7 +22,7 @@ from bundle.tokenizer import open_tokenizer
 from bundle.verify import Verdict, verdict_of
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from distill.models.processing import Processing
-from export.contract import ExportedGraphs, ExportRequest
+from export.contract import CoreMlOptions, ExportedGraphs, ExportRequest
 from export.dequantized import StoragePlan
 from export.golden_lockstep import FixedCache
 from export.golden_record import QUESTIONS, Probe, probes
@@ -69,12 +69,26 @@ def tiny_vlm() -> MobileVlm:
     return vlm
 
 
-def written(target: Target, precision: Precision, folder: Path, vlm: MobileVlm | None = None) -> ExportedGraphs:
+def written(
+    target: Target,
+    precision: Precision,
+    folder: Path,
+    vlm: MobileVlm | None = None,
+    coreml: CoreMlOptions = CoreMlOptions(),  # noqa: B008 (frozen)
+) -> ExportedGraphs:
     """The exporter's own graphs in ``folder``, with the tokenizer beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes((STUDENT / "tokenizer.model").read_bytes())
     request = ExportRequest(
-        vlm or tiny_vlm(), precision, CONTEXT, folder / "tokenizer.model", (2,), 1, folder, lambda line: None
+        vlm or tiny_vlm(),
+        precision,
+        CONTEXT,
+        folder / "tokenizer.model",
+        (2,),
+        1,
+        folder,
+        lambda line: None,
+        coreml=coreml,
     )
     return load_exporter(target)(request)
 
@@ -95,9 +109,13 @@ def recorded(
     dequantized: Mapping[str, torch.Tensor] | None = None,
 ) -> Manifest:
     """Record the vectors of ``truth`` beside the graphs -> the manifest."""
+    engine = CoreMlOptions(graphs.coreml.engine if graphs.coreml else "gpu")
     vlm = truth or tiny_vlm()
     stored = graphs.dequantized if dequantized is None else dequantized
-    model, plan = LoadedModel(vlm, vlm.state_dict()), StoragePlan(target, precision)
+    model, plan = (
+        LoadedModel(vlm, vlm.state_dict()),
+        StoragePlan(target, precision, engine.storages(_shapes(vlm), precision)),
+    )
     golden = record(model, stored, questions(), plan, folder, lambda line: None).golden(target, precision)
     shape: ModelShape = model_shape(vlm, CONTEXT)
     manifest = Manifest(
@@ -114,10 +132,15 @@ def recorded(
         prompt=PROCESSING.prompt,
         tokenizer=TOKENIZER,
         golden=golden,
+        coreml=graphs.coreml,
         files={},
     )
     record_constants(folder, manifest)
     return manifest
+
+
+def _shapes(vlm: MobileVlm) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in vlm.state_dict().items()}
 
 
 def judged(folder: Path, manifest: Manifest, spoil: Callable[[Runtime], None] | None = None) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,13 +27,18 @@ from bundle.runtimes.mil_graph import block_of
 from bundle.runtimes.mil_program import Program, Rounding
 from bundle.runtimes.mil_proto import read_spec
 from distill.models.mobilevlm import MobileVlm
+from export import to_coreml
 from export.contract import ExportedGraphs, ExportRequest
 from export.coreml_checks import Budget, check_package
-from export.coreml_convert import convert
+from export.coreml_convert import convert, flat_name
+from export.coreml_fill import MAIN, write_package
+from export.coreml_layout import Layout
 from export.coreml_modules import CoreMlDecoder, CoreMlVision
-from export.coreml_weights import flat_name, read_back, stored_weights
+from export.coreml_weights import Package, check_weights
+from export.recipe import Storage
 from export.shape import model_shape
-from export.to_coreml import export_coreml, export_graph
+from export.to_coreml import GraphExporter, export_coreml
+from export.work_folder import WorkFolder
 from tests.export.models import random_vlm
 
 CONTEXT = 48
@@ -54,7 +60,9 @@ class Export:
     @property
     def manifest(self) -> Manifest:
         """As much of a manifest as a runtime reads."""
-        return SimpleNamespace(model=model_shape(self.vlm, CONTEXT), graphs=self.written.graphs)  # type: ignore[return-value]
+        return SimpleNamespace(  # type: ignore[return-value]
+            model=model_shape(self.vlm, CONTEXT), graphs=self.written.graphs, coreml=self.written.coreml
+        )
 
     def runtime(self, rounding: Rounding = "float32") -> CoreMlInterpreter:
         return CoreMlInterpreter(self.folder, self.manifest, rounding)
@@ -164,7 +172,10 @@ def one_graph(vlm: MobileVlm, part: type[CoreMlVision], package: Path) -> Progra
         inputs=(Tensor(name="pixel_values", dtype="float32", shape=(1, 3, 96, 96)),),
         outputs=(Tensor(name="visual_tokens", dtype="float32", shape=(1, 9, 64)),),
     )
-    convert(part(vlm), (torch.rand(1, 3, 96, 96),), graph, "fp32", CONTEXT).save(str(package))
+    room = package.parent
+    converted = convert(part(vlm), (torch.rand(1, 3, 96, 96),), graph, "fp32", CONTEXT, frozenset(), room)
+    write_package(package, {MAIN: converted}, frozenset(), load=lambda name, shape: pytest.fail(name))
+    assert [path.name for path in room.iterdir()] == [package.name], "the converter's own files are gone"
     return Program(package)
 
 
@@ -193,11 +204,8 @@ def test_decoder_module_equals_the_model(heads: int, kv_heads: int) -> None:
 
 def test_weights_are_stored_as_the_recipe_says(coreml_export: Exports) -> None:
     made = coreml_export("int4")
-    stored = {
-        name: weight.bits
-        for graph in made.written.graphs
-        for name, weight in stored_weights(made.package(graph)).items()
-    }
+    packages = [Package(made.package(graph)) for graph in made.written.graphs]
+    stored = {name: package[name].bits for package in packages for name in package}
     layer = "language_model_layers_1"
     assert {stored[f"{layer}_self_attn_{part}_proj_weight"] for part in "qkvo"} == {4}
     assert stored[f"{layer}_mlp_gate_proj_weight"] == 4
@@ -214,7 +222,7 @@ def test_weights_are_stored_as_the_recipe_says(coreml_export: Exports) -> None:
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_rope_tables_are_never_quantized(precision: Precision, coreml_export: Exports) -> None:
     made = coreml_export(precision)
-    stored = stored_weights(made.package("text_decoder"))
+    stored = Package(made.package("text_decoder"))
     module = CoreMlDecoder(made.vlm, CONTEXT)
     for name, table in {"cos": module.cos, "sin": module.sin}.items():
         assert stored[name].bits == 16
@@ -230,7 +238,7 @@ def test_dequantized_weights_are_within_their_steps(coreml_export: Exports) -> N
             name: relative_error(weight.numpy(), weights[name].numpy())
             for name, weight in made.written.dequantized.items()
         }
-    assert coreml_export("fp32").written.dequantized == {}
+    assert not coreml_export("fp32").written.dequantized
     assert 0 < max(errors["fp16"].values()) < 1e-3
     four_bit = {name for name, error in errors["int4"].items() if error > 3e-2}
     names = {f"self_attn.{part}_proj" for part in "qkvo"} | {"mlp.gate_proj", "mlp.up_proj"}
@@ -241,17 +249,18 @@ def test_dequantized_weights_are_within_their_steps(coreml_export: Exports) -> N
     assert not any("encoder.layers.2." in name or "post_layernorm" in name for name in errors["int4"])
 
 
-def test_reading_back_refuses_weights_of_another_layer(coreml_export: Exports) -> None:
+def test_weights_of_another_layer_are_refused(coreml_export: Exports) -> None:
     made = coreml_export("int4")
     first, second = (f"language_model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
     weights, package = made.vlm.state_dict(), made.package("text_decoder")
-    assert set(read_back(package, {first: weights[first]}, {first: 4})) == {first}
+    four, eight = Storage(4, 32), Storage(8, None)
+    assert set(check_weights(package, {first: Layout(first)}, {first: four}, weights)) == {first}
     with pytest.raises(VerificationError, match=f"'{first}' is up to .* its 4-bit steps allow"):
-        read_back(package, {first: weights[second], second: weights[first]}, {first: 4, second: 4})
+        check_weights(package, {first: Layout(second)}, {first: four}, weights)
     with pytest.raises(VerificationError, match=f"'{first}' is stored in 4 bits, asked for 8"):
-        read_back(package, {first: weights[first]}, {first: 8})
+        check_weights(package, {first: Layout(first)}, {first: eight}, weights)
     with pytest.raises(VerificationError, match="holds no constant for weight 'gone.weight'"):
-        read_back(package, {"gone.weight": weights[first]}, {"gone.weight": 4})
+        check_weights(package, {"gone.weight": Layout(first)}, {"gone.weight": four}, weights)
 
 
 def test_weights_that_the_converter_merged_or_dropped_are_known(tmp_path: Path) -> None:
@@ -260,8 +269,8 @@ def test_weights_that_the_converter_merged_or_dropped_are_known(tmp_path: Path) 
     layers[1].mlp.up_proj.weight.data.copy_(layers[0].mlp.up_proj.weight)
     layers[1].input_layernorm.weight.data.copy_(layers[0].input_layernorm.weight)
     vlm.language_model.norm.weight.data.fill_(1)  # never trained: a product with ones
-    _, _, found = export_graph(request(vlm, "int4", tmp_path), "text_decoder")
-    assert flat_name("language_model.norm.weight") not in stored_weights(tmp_path / "text_decoder.mlpackage")
+    found = export_coreml(request(vlm, "int4", tmp_path)).dequantized
+    assert flat_name("language_model.norm.weight") not in Package(tmp_path / "text_decoder.mlpackage")
     assert "language_model.norm.weight" not in found  # ones are ones in float16 too
     for name in ("mlp.up_proj.weight", "input_layernorm.weight"):
         assert torch.equal(found[f"language_model.layers.0.{name}"], found[f"language_model.layers.1.{name}"])
@@ -269,9 +278,33 @@ def test_weights_that_the_converter_merged_or_dropped_are_known(tmp_path: Path) 
 
 def test_the_same_export_gives_the_same_bytes(coreml_export: Exports, tmp_path: Path) -> None:
     made = coreml_export("int4")
-    export_graph(request(made.vlm, "int4", tmp_path), "token_embedding")
+    GraphExporter(request(made.vlm, "int4", tmp_path)).export("token_embedding")
     found, wanted = (digests(folder / "token_embedding.mlpackage") for folder in (tmp_path, made.folder))
     assert found == wanted and len(found) == 3
+
+
+def test_graphs_of_a_killed_run_are_taken_over(
+    coreml_export: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = coreml_export("int4")
+    folder = WorkFolder(Path(shutil.copytree(made.folder, tmp_path / "bundle")), tmp_path / "notes")
+    folder.notes.mkdir()
+    for name in ("vision_encoder", "text_decoder"):
+        files = [path for path in (folder.bundle / f"{name}.mlpackage").rglob("*") if path.is_file()]
+        folder.finish(name, files, {})
+    shutil.rmtree(folder.bundle / "token_embedding.mlpackage")
+    converted: list[str] = []
+
+    def counting(module: torch.nn.Module, *arguments: Any) -> Any:
+        converted.append(type(module).__name__)
+        return convert(module, *arguments)
+
+    monkeypatch.setattr(to_coreml, "convert", counting)
+    again = export_coreml(replace(request(made.vlm, "int4", folder.bundle), work=folder))
+    assert converted == ["CoreMlEmbedding"]
+    assert digests(folder.bundle) == digests(made.folder) and again.graphs == made.written.graphs
+    assert set(again.dequantized) == set(made.written.dequantized)
+    assert folder.finished("token_embedding") is not None
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -292,7 +325,7 @@ def test_the_specification_is_what_the_manifest_says(coreml_export: Exports) -> 
     made = coreml_export("fp16")
     decoder = made.written.graphs["text_decoder"]
     assert decoder.states[0] == Tensor(name="k_cache", dtype="float16", shape=(2, 2, CONTEXT, 32))
-    check_package(made.package("text_decoder"), decoder, CONTEXT, budget(made))
+    check_package(made.package("text_decoder"), decoder, {MAIN: None}, CONTEXT, budget(made), "gpu")
     assert coreml_export("fp32").written.graphs["text_decoder"].states == decoder.states  # Core ML has no other states
     spec = read_spec(made.package("text_decoder"))
     assert spec.specificationVersion == 9
@@ -340,7 +373,8 @@ def test_a_package_that_differs_from_its_manifest_is_refused(
 ) -> None:
     made = coreml_export("fp16")
     with pytest.raises(VerificationError, match=f"text_decoder.mlpackage: {message}"):
-        check_package(made.package("text_decoder"), *change(made.written.graphs["text_decoder"], budget(made)))
+        graph, longest, allowed = change(made.written.graphs["text_decoder"], budget(made))
+        check_package(made.package("text_decoder"), graph, {MAIN: None}, longest, allowed, "gpu")
 
 
 # --- around it ---
@@ -422,7 +456,7 @@ class FakeModel:
 def test_core_ml_gets_the_inputs_of_the_manifest(coreml_export: Exports) -> None:
     made = coreml_export("int4")
     models = {name: FakeModel(graph) for name, graph in made.written.graphs.items()}
-    runtime = CoreMlRuntime(made.manifest, models)
+    runtime = CoreMlRuntime(made.manifest, {name: {None: model} for name, model in models.items()})
     tokens = runtime.encode_image(np.zeros((1, 3, 96, 96), np.float32))
     rows = runtime.embed(np.array([[1, 2, 3]]))
     assert (tokens.shape, tokens.dtype, rows.shape, rows.dtype) == ((1, 9, 64), np.float32, (1, 3, 64), np.float32)

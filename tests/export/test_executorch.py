@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sentencepiece import SentencePieceProcessor
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from bundle.errors import UsageError
@@ -25,12 +22,16 @@ from bundle.runtimes import executorch as engine
 from bundle.runtimes.contract import Runtime
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from export.contract import ExportedGraphs, ExportRequest
-from export.executorch_modules import TextDecoder, VisionEncoder, weight_sharing_copy
-from export.executorch_quantize import dequantized, quantize
+from export.dequantized import StoragePlan
+from export.executorch_modules import TextDecoder, VisionEncoder
+from export.executorch_quantize import QuantizedAgain, WeightSource, empty_twin, fill
+from export.executorch_stored import Stored
+from export.meter import Meter
 from export.shape import model_shape
 from export.to_executorch import export_executorch
 from tests.export.conftest import STUDENT
 from tests.export.models import random_vlm
+from tests.export.stock_runner import pieces_of, stock_answer
 
 TOKENIZER = STUDENT / "tokenizer.model"
 VOCABULARY, CONTEXT, PIXELS, VISUAL_TOKENS = 512, 48, 112, 9
@@ -101,7 +102,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision], Ex
         if precision not in done:
             folder, source, stored = tmp_path_factory.mktemp(precision), tiny_vlm(), tiny_vlm()
             graphs = export_executorch(request_of(source, precision, folder))
-            stored.load_state_dict(stored.state_dict() | graphs.dequantized)
+            stored.load_state_dict(stored.state_dict() | dict(graphs.dequantized))
             done[precision] = Exported(folder, graphs, source, stored)
         return done[precision]
 
@@ -116,6 +117,15 @@ def fp32(export: Callable[[Precision], Exported]) -> Exported:
 @pytest.fixture
 def int4(export: Callable[[Precision], Exported]) -> Exported:
     return export("int4")
+
+
+def filled(vlm: MobileVlm, precision: Precision) -> tuple[MobileVlm, dict[str, Stored], WeightSource]:
+    """The modules that are traced, for all graphs at once, and what they hold."""
+    source = WeightSource(vlm.state_dict(), StoragePlan("executorch", precision), Meter("", 1, lambda line: None))
+    twin, stored = empty_twin(vlm), {}
+    for graph in ("vision_encoder", "token_embedding", "text_decoder"):
+        stored |= fill(twin, graph, source)
+    return twin, stored, source
 
 
 def pixels_of(size: int = PIXELS) -> torch.Tensor:
@@ -160,7 +170,7 @@ def worst_error(exported: Exported) -> dict[str, float]:
 def test_export_modules_compute_what_the_model_computes(shape: dict[str, int]) -> None:
     engine._engine()  # registers the custom operators
     vlm = random_vlm(**shape)
-    twin = weight_sharing_copy(vlm)
+    twin, _, _ = filled(vlm, "fp32")
     visual = vlm.encode_images(pixels_of(96))
     assert relative_error(VisionEncoder(twin)(pixels_of(96)).numpy(), visual.numpy()) < 1e-5
     rows = torch.cat([vlm.get_input_embeddings()(torch.tensor([[1, 40, 7, 23, 9]])), visual], 1)
@@ -173,7 +183,7 @@ def test_export_modules_compute_what_the_model_computes(shape: dict[str, int]) -
 def test_pte_in_float_equals_torch(fp32: Exported) -> None:
     errors = worst_error(fp32)
     assert max(errors.values()) < 1e-5, errors
-    assert fp32.graphs.dequantized == {}
+    assert dict(fp32.graphs.dequantized) == {}
 
 
 def test_pte_in_int4_equals_torch_with_the_weights_it_holds(int4: Exported) -> None:
@@ -198,9 +208,7 @@ def test_int4_file_shrinks_by_what_its_weights_shrink(fp32: Exported, int4: Expo
     saved = fp32.pte.stat().st_size - int4.pte.stat().st_size
     expected = 0.0
     weights = {name: weight.numel() for name, weight in int4.graphs.dequantized.items()}
-    four_bit = {
-        name for name in weights if name.startswith(("language_model.layers", "lm_head")) and "down" not in name
-    }
+    four_bit = {name for name in weights if name.startswith("language_model.layers") and "down" not in name}
     for name, count in weights.items():
         expected += count * (4 - (0.5 + 2 / 32 if name in four_bit else 1.0))
     assert expected * 0.8 < saved < expected
@@ -217,9 +225,7 @@ def test_the_model_is_left_as_it_was(int4: Exported) -> None:
 def test_quantization_is_recorded_graph_by_graph(int4: Exported, fp32: Exported) -> None:
     record = int4.graphs.quantization
     assert record["text_decoder"].group_size == 32
-    assert record["text_decoder"].weights == (
-        "int4 symmetric; int8 symmetric per channel where 32 does not divide the width: down_proj"
-    )
+    assert record["text_decoder"].weights == "int4 symmetric, lm_head int8; 1 int8 (width not a multiple of 32)"
     assert record["text_decoder"].activations == "int8 dynamic per token"
     assert (record["vision_encoder"].weights, record["vision_encoder"].group_size) == ("int8 symmetric", None)
     assert (record["token_embedding"].weights, record["token_embedding"].activations) == ("int8 symmetric", "float32")
@@ -228,10 +234,10 @@ def test_quantization_is_recorded_graph_by_graph(int4: Exported, fp32: Exported)
 
 @pytest.mark.parametrize("precision,levels", [("int4", 16), ("int8", 256)])
 def test_dequantized_weights_lie_on_the_grid_of_their_precision(precision: Precision, levels: int) -> None:
+    engine._engine()
     vlm = random_vlm()
-    twin = weight_sharing_copy(vlm)
-    quantize(twin, precision)
-    stored = dequantized(twin, vlm)
+    _, records, source = filled(vlm, precision)
+    stored = dict(QuantizedAgain(source, records))
     linears = [n for n, m in vlm.named_modules() if isinstance(m, torch.nn.Linear) and "encoder.layers.2" not in n]
     assert set(stored) == {f"{name}.weight" for name in [*linears, "language_model.embed_tokens"]}
     weight, original = (
@@ -249,10 +255,8 @@ def test_dequantized_weights_lie_on_the_grid_of_their_precision(precision: Preci
 
 def test_fp16_weights_are_the_nearest_halves() -> None:
     vlm = random_vlm()
-    twin = weight_sharing_copy(vlm)
-    record = quantize(twin, "fp16")
-    stored = dequantized(twin, vlm)
-    assert record["text_decoder"].weights == "float16"
+    _, records, source = filled(vlm, "fp16")
+    stored = dict(QuantizedAgain(source, records))
     for name in ("lm_head.weight", "vision_tower.encoder.layers.0.mlp.fc1.bias", "language_model.embed_tokens.weight"):
         assert torch.equal(stored[name], vlm.state_dict()[name].half().float())
     assert "projector.position.weight" not in stored  # convolutions stay float32
@@ -354,34 +358,9 @@ def test_runtime_names_the_missing_extra(fp32: Exported, monkeypatch: pytest.Mon
     assert engine.available() == "executorch is not installed; run: pip install 'alignkd[executorch]'"
 
 
-# In a process of its own: the runner brings a second copy of XNNPACK, and prints what it generates.
-STOCK_RUNNER = """
-import json, sys
-import executorch.extension.llm.custom_ops.custom_ops, executorch.kernels.quantized
-import torch
-from executorch.extension.llm.runner import GenerationConfig, MultimodalRunner, make_image_input, make_token_input
-from safetensors.torch import load_file
-pte, tokenizer, image, before, after, new_tokens = sys.argv[1:]
-runner, pieces = MultimodalRunner(pte, tokenizer), []
-pixels = make_image_input(load_file(image)["pixels"])
-inputs = [make_token_input(json.loads(before)), pixels, make_token_input(json.loads(after))]
-config = GenerationConfig(max_new_tokens=int(new_tokens), temperature=0.0, echo=False, num_bos=0)
-runner.generate(inputs, config, token_callback=pieces.append)
-print()
-print(json.dumps(pieces))
-"""
-
-
 def test_executorchs_own_runner_gives_the_same_tokens(int4: Exported, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     before, after, new_tokens = [1, 40, 7, 300], [9, 21, 22, 23], 12
-    save_file({"pixels": pixels_of()}, tmp_path / "image.safetensors")
-    arguments = [int4.pte, TOKENIZER, tmp_path / "image.safetensors", json.dumps(before), json.dumps(after), new_tokens]
-    ran = subprocess.run(
-        [sys.executable, "-c", STOCK_RUNNER, *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    answered = stock_answer(int4.pte, TOKENIZER, pixels_of(), before, after, new_tokens, tmp_path)
     with int4.opened() as runtime:
         text = runtime.embed(np.array([before + after]))
         visual = runtime.encode_image(pixels_of().numpy())
@@ -390,7 +369,6 @@ def test_executorchs_own_runner_gives_the_same_tokens(int4: Exported, tmp_path: 
         for _ in range(new_tokens):
             ids.append(int(logits.argmax()))
             logits = runtime.decode(runtime.embed(np.array([ids[-1:]])))
-    processor = SentencePieceProcessor(model_file=str(TOKENIZER))
     assert len(set(ids)) > 3  # a runner that says one token for ever proves nothing
     assert not {1, 2, 5} & set(ids)  # BOS and EOS have no text
-    assert json.loads(ran.stdout.splitlines()[-1]) == [processor.id_to_piece(i).replace("\u2581", " ") for i in ids]
+    assert answered == pieces_of(TOKENIZER, ids)

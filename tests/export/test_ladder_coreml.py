@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bundle.errors import VerificationError
-from bundle.manifest import Manifest
-from bundle.runtimes import coreml_interpreter
-from bundle.runtimes.mil_graph import block_of
+from bundle.manifest import Engine, Manifest
+from bundle.runtimes import coreml_inputs
+from bundle.runtimes.mil_graph import block_of, blocks_of
 from bundle.runtimes.mil_proto import DATA_FOLDER, MODEL_FILE, read_spec, weight_path
 from bundle.runtimes.mil_weights import BLOB_METADATA
-from export.contract import ExportedGraphs
+from export.contract import CoreMlOptions, ExportedGraphs
 from tests.export import ladder
+
+DOWN = "language_model_layers_0_mlp_down_proj_weight_to_fp16"
+ENGINES: tuple[Engine, ...] = ("gpu", "ane")
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportedGraphs]:
-    """The tiny model at int4, written once; read it, never change it."""
-    folder = tmp_path_factory.mktemp("coreml")
-    return folder, ladder.written("coreml", "int4", folder)
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[Engine, tuple[Path, ExportedGraphs]]:
+    """The tiny model at int4, written once for each engine; read it, never change it."""
+    made: dict[Engine, tuple[Path, ExportedGraphs]] = {}
+    for engine in ENGINES:
+        folder = tmp_path_factory.mktemp(engine)
+        made[engine] = folder, ladder.written("coreml", "int4", folder, coreml=CoreMlOptions(engine))
+    return made
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return request.param
+
+
+@pytest.fixture
+def graphs(engine: Engine, written: dict[Engine, tuple[Path, ExportedGraphs]]) -> tuple[Path, ExportedGraphs]:
+    return written[engine]
 
 
 @pytest.fixture
@@ -54,14 +72,15 @@ def test_a_graph_that_is_driven_wrongly(fault: str, copied: tuple[Path, Manifest
 
 
 def test_a_mask_that_hides_the_first_rows(copied: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
-    causal = coreml_interpreter.causal_mask
+    for name in ("causal_mask", "static_mask"):  # one of each engine
+        healthy = getattr(coreml_inputs, name)
 
-    def hiding(position: int, rows: int) -> np.ndarray:
-        mask = causal(position, rows).copy()  # [1, 1, rows, position + rows]
-        mask[..., 4:, :4] = -1e4
-        return mask
+        def hiding(*sizes: int, healthy: Any = healthy) -> np.ndarray:
+            mask = healthy(*sizes).copy()  # [1, 1, rows, columns]
+            mask[..., 4:, :4] = -1e4
+            return mask
 
-    monkeypatch.setattr(coreml_interpreter, "causal_mask", hiding)
+        monkeypatch.setattr(coreml_inputs, name, hiding)
     assert ladder.found(ladder.judged(*copied)) == ("first_logits", "graph")
 
 
@@ -79,7 +98,7 @@ def test_weights_that_were_packed_wrongly_are_named(
 
 def blob(package: Path, prefix: str, dtype: type[np.generic], parameter: str = "val") -> np.memmap:
     """The stored numbers of the first constant whose name begins so, to be overwritten."""
-    for operation in block_of(read_spec(package)).operations:
+    for operation in operations(read_spec(package)):
         if not operation.outputs or not operation.outputs[0].name.startswith(prefix):
             continue
         value = operation.attributes["val"] if parameter == "val" else operation.inputs[parameter].arguments[0].value
@@ -89,20 +108,27 @@ def blob(package: Path, prefix: str, dtype: type[np.generic], parameter: str = "
     raise AssertionError(f"no constant {prefix}")
 
 
+def operations(spec: Any) -> Iterator[Any]:
+    """Of all functions."""
+    return (operation for block in blocks_of(spec) for operation in block.operations)
+
+
 def decoder_of(copied: tuple[Path, Manifest]) -> Path:
     return copied[0] / copied[1].graphs["text_decoder"].path
 
 
-def test_one_altered_block_scale_in_the_file(copied: tuple[Path, Manifest]) -> None:
-    scales = blob(decoder_of(copied), "language_model_layers_0_mlp_down_proj_weight", np.float16, "scale")
-    scales[0] *= 32
-    scales.flush()
+def test_one_altered_scale_or_table_in_the_file(engine: Engine, copied: tuple[Path, Manifest]) -> None:
+    parameter = {"gpu": "scale", "ane": "lut"}[engine]
+    values = blob(decoder_of(copied), DOWN, np.float16, parameter)
+    values[0] *= 32  # of one block of 32 values, or of the lowest 16th of 16 rows
+    values.flush()
     verdict = ladder.judged(*copied)
     assert ladder.found(verdict) == ("first_logits", "quantization")
-    assert "language_model_layers_0_mlp_down_proj_weight_to_fp16_quantized.scale" in str(verdict.diagnosis)
+    assert f"{DOWN}.{parameter}" in str(verdict.diagnosis)
 
 
 @pytest.mark.parametrize("levels", [7, 127])
+@pytest.mark.parametrize("engine", ["gpu"], indirect=True)
 def test_a_quantized_rotary_table_is_the_graphs(levels: int, copied: tuple[Path, Manifest]) -> None:
     for name in ("cos_to_fp16", "sin_to_fp16"):
         table = blob(decoder_of(copied), name, np.float16)
@@ -111,17 +137,62 @@ def test_a_quantized_rotary_table_is_the_graphs(levels: int, copied: tuple[Path,
     assert ladder.found(ladder.judged(*copied)) == ("first_logits", "graph")
 
 
+def rewrite(package: Path, spec: Any) -> None:
+    (package / DATA_FOLDER / MODEL_FILE).write_bytes(spec.SerializeToString())
+
+
 def test_swapped_key_and_value_states(copied: tuple[Path, Manifest]) -> None:
     package = decoder_of(copied)
     spec, other = read_spec(package), {"k_cache": "v_cache", "v_cache": "k_cache"}
     swapped = 0
-    for operation in block_of(spec).operations:
+    for operation in operations(spec):
         if operation.type == "read_state":  # what attention reads; writes stay where they were
             binding = operation.inputs["input"].arguments[0]
             binding.name = other[binding.name]
             swapped += 1
     assert swapped
-    (package / DATA_FOLDER / MODEL_FILE).write_bytes(spec.SerializeToString())
+    rewrite(package, spec)
     verdict = ladder.judged(*copied)
     assert verdict.diagnosis is not None and verdict.diagnosis.kind == "graph"
     assert verdict.diagnosis.stage in ("first_logits", "greedy_tokens")
+
+
+# --- what only the Neural Engine's graphs have: inputs that say where the rows stand, and two functions ---
+
+INPUTS = {
+    "angles of 7 levels": (("cos", "sin"), lambda x: np.round(x * 7) / 7, "first_logits"),
+    "angles in reverse": (("cos", "sin"), lambda x: x[:, :, ::-1], "first_logits"),  # shifted ones change nothing
+    "logits of the row before": (("last_row",), lambda x: np.roll(x, -1, 3), "first_logits"),
+    "rows written one further": (("position",), lambda x: x + 1, "first_logits"),
+}
+
+
+@pytest.mark.parametrize("fault", INPUTS)
+@pytest.mark.parametrize("engine", ["ane"], indirect=True)
+def test_wrong_inputs(fault: str, copied: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    names, spoil, stage = INPUTS[fault]
+    healthy = coreml_inputs.static_inputs
+
+    def spoilt(*arguments: Any) -> dict[str, np.ndarray]:
+        inputs = healthy(*arguments)
+        return inputs | {name: spoil(inputs[name]) for name in names}
+
+    monkeypatch.setattr(coreml_inputs, "static_inputs", spoilt)
+    assert ladder.found(ladder.judged(*copied)) == (stage, "graph")
+
+
+@pytest.mark.parametrize("engine", ["ane"], indirect=True)
+def test_the_function_for_single_rows_has_a_weight_of_another_matrix(copied: tuple[Path, Manifest]) -> None:
+    package = decoder_of(copied)
+    spec = read_spec(package)
+    weights = {
+        operation.outputs[0].name: operation
+        for operation in block_of(spec, "decode").operations
+        if operation.type == "constexpr_lut_to_dense"
+    }
+    gate, up = (weights[f"language_model_layers_0_mlp_{part}_proj_weight_to_fp16"] for part in ("gate", "up"))
+    gate.inputs["indices"].CopyFrom(up.inputs["indices"])
+    rewrite(package, spec)
+    verdict = ladder.judged(*copied)
+    assert ladder.found(verdict) == ("greedy_tokens", "quantization"), "the prompt is still answered"
+    assert "language_model_layers_0_mlp_gate_proj_weight_to_fp16.indices" in str(verdict.diagnosis)

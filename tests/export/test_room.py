@@ -58,11 +58,17 @@ def test_a_1_7b_model_at_int4_fits_into_8_gb() -> None:
         context_length=1024,
         visual_tokens=144,
     )
-    assert 2 * GIB < room.memory_needed(shapes, "int4", model) < 4 * GIB
+    assert 2 * GIB < room.memory_needed("onnx", shapes, "int4", model) < 4 * GIB
     longer = model.model_copy(update={"context_length": 2048})
     cache = 2 * 24 * 2048 * 1024 * 4
-    assert room.memory_needed(shapes, "int4", longer) - room.memory_needed(shapes, "int4", model) == cache
-    assert room.memory_needed(shapes, "fp32", model) > 8 * GIB
+    assert (
+        room.memory_needed("onnx", shapes, "int4", longer) - room.memory_needed("onnx", shapes, "int4", model) == cache
+    )
+    assert room.memory_needed("onnx", shapes, "fp32", model) > 8 * GIB
+
+    assert 6 * GIB < room.memory_needed("coreml", shapes, "int4", model) < 10 * GIB
+    assert room.scratch_bytes("onnx", shapes) == 0
+    assert 4 * GIB < room.scratch_bytes("coreml", shapes) < 6 * GIB
 
 
 def refused(run_export: Command, tmp_path: Path) -> str:
@@ -75,6 +81,13 @@ def test_too_little_disk(run_export: Command, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(room, "free_disk_bytes", lambda folder: 1 << 20)
     line = refused(run_export, tmp_path)
     assert "the bundle takes 0.1 GiB of disk" in line and "has 0.0 GiB free" in line and str(tmp_path) in line
+
+
+def test_too_little_disk_for_a_conversion(run_export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_disk_bytes", lambda folder: 1 << 20)
+    ran = run_export(STUDENT, "--target", "coreml", "--int4", "--output", tmp_path / "out")
+    assert ran.code == 2 and list(tmp_path.iterdir()) == []
+    assert "of disk and its conversion 0.0 GiB more, " in ran.error
 
 
 def test_too_little_memory(run_export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

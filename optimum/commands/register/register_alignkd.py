@@ -7,4 +7,6 @@ from optimum.commands.export.base import ExportCommand
 
 from export.optimum_command import AlignkdExportCommand
 
-REGISTER_COMMANDS = [(AlignkdExportCommand, ExportCommand)]
+# An iterator, to be read once: optimum-cli asks for this module again for every copy of the file on the path, such as a
+# checkout beside an installed alignkd, and cannot take a command twice.
+REGISTER_COMMANDS = iter([(AlignkdExportCommand, ExportCommand)])
