@@ -113,7 +113,7 @@ def _bundle(path: Path, manifest: Manifest) -> Contestant:
     if set(text) == set(vision):  # one file holds all
         vision = []
     return Contestant(
-        label=f"alignkd {manifest.target} {manifest.precision}",
+        label=f"alignkd {manifest.name}",
         python=Path(sys.executable),
         driver="bundle_engine.py",
         model=path.resolve(),

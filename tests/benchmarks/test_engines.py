@@ -49,7 +49,7 @@ def test_a_bundle_is_measured_and_a_peer_that_fails_is_one_line(
     from export.frame import ExportJob, export_bundle
 
     bundle = tmp_path / "bundle"
-    export_bundle(ExportJob(STUDENT, "onnx", "int4", bundle, 320), progress=lambda line: None)
+    export_bundle(ExportJob(STUDENT, "onnx", "int4", bundle, 320, "tiny"), progress=lambda line: None)
     command, peers = part("command"), part("peers")
     broken = peers.Environment("broken", ("./no-such-package-here",))
     peer = peers.Peer("broken engine", broken, ("{python}", "-c", "pass"), "genai_engine.py", ".")
@@ -72,7 +72,7 @@ def test_a_bundle_is_measured_and_a_peer_that_fails_is_one_line(
         assert answer["peak_bytes"] > answer["anonymous_bytes"] > 1e7 and answer["engine"].startswith("onnxruntime ")
         assert len(answer["encode_s"]) == (sample["part"] == "vision")
         assert len(answer["prefill_s"]) == len(answer["decode_s"]) == (sample["part"] == "text")
-    row = next(line for line in printed.splitlines() if line.startswith("| **alignkd onnx int4**"))
+    row = next(line for line in printed.splitlines() if line.startswith("| **alignkd tiny**"))
     sizes = [float(cell) for cell in row.strip("| ").split("|")[-2:]]
     graphs = {name: (bundle / "onnx" / name).stat().st_size for name in ("vision_encoder_q4.onnx_data",)}
     assert sizes[1] == round(sum(graphs.values()) / 1e6) and "–" not in row

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers.initialization import no_init_weights
 
-from distill.models import load_vlm
+from distill.models.checkpoint import open_checkpoint
+from distill.models.mobilevlm import MobileVlm
 
 
 class VisionEncoder(torch.nn.Module):
@@ -19,9 +21,13 @@ class VisionEncoder(torch.nn.Module):
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__()
-        self.vlm = load_vlm(checkpoint).eval()
-        self.size = self.vlm.config.vision_config.image_size
+        skeleton, weights = open_checkpoint(checkpoint)
+        with no_init_weights():
+            self.vlm = MobileVlm(skeleton.config).eval()
         del self.vlm.language_model, self.vlm.lm_head
+        mine = {name: weights[name].load().float() for name in self.vlm.state_dict()}
+        self.vlm.load_state_dict(mine, assign=True)
+        self.size = self.vlm.config.vision_config.image_size
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.vlm.encode_images(pixel_values)
