@@ -6,13 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision
 from distill.models.mobilevlm import MobileVlm
-from export.recipe import Storage
+from export.recipe import RECIPES, Recipe, Storage
 from export.work_folder import WorkFolder
+
+if TYPE_CHECKING:
+    from export.quantize.chosen import ChosenWeights
 
 EMBEDDING = "language_model.embed_tokens.weight"
 INT4_GROUP = 32
@@ -69,6 +73,13 @@ class ExportRequest:
     weights: Mapping[str, torch.Tensor] | None = None  # lazy, of a streamed model; None: those of ``vlm``
     work: WorkFolder | None = None  # where finished graphs are noted, to be used again after a kill
     onnx: OnnxOptions = OnnxOptions()
+    own_recipe: Recipe | None = None  # None: the precision's
+    chosen: ChosenWeights | None = None  # codes to store as they are; ``vlm`` and ``weights`` hold what they stand for
+
+    @property
+    def recipe(self) -> Recipe:
+        """How wide each weight is stored."""
+        return self.own_recipe or RECIPES[self.precision]
 
 
 @dataclass(frozen=True)

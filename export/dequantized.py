@@ -17,7 +17,8 @@ from torch import nn
 from bundle.errors import VerificationError
 from bundle.manifest import Precision, Stage, Target
 from export.contract import LazyWeights, read_weight
-from export.recipe import Bits, Storage, storage_of
+from export.quantize.chosen import ChosenWeights
+from export.recipe import RECIPES, Bits, Recipe, Storage, storage_of
 
 FLOAT16_STEP = 2.0**-10  # relative, twice the rounding error
 SMALLEST_FLOAT16 = 2.0**-24
@@ -31,8 +32,6 @@ STEP_LIMITS: dict[Bits, float] = {4: 2.0, 8: 1.5}
 HALF_REST: frozenset[tuple[Target, Precision]] = frozenset(
     {("coreml", "int4"), ("coreml", "int8"), ("coreml", "fp16"), ("executorch", "fp16")}
 )
-# Targets that store a weight in other steps than the recipe: ExecuTorch's head goes with the decoder's linears.
-OWN_STORAGE: dict[tuple[Target, Precision, str], Storage] = {("executorch", "int4", "lm_head.weight"): Storage(4, 32)}
 STAGE_OF: tuple[tuple[str, Stage], ...] = (
     ("vision_tower.", "visual_tokens"),
     ("projector.", "visual_tokens"),
@@ -47,20 +46,21 @@ class StoragePlan:
 
     Attributes:
         overrides: single weights, before the recipe.
+        recipe: None: the precision's own.
+        chosen: weights whose codes were chosen, None: all are rounded to nearest.
     """
 
     target: Target
     precision: Precision
     overrides: Mapping[str, Storage] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    chosen: ChosenWeights | None = None
 
     def storage(self, name: str, shape: tuple[int, ...]) -> Storage:
-        """The recipe's answer, the target's own exceptions, and float16 where the target writes the rest so."""
+        """The recipe's answer, and float16 where the target writes the rest so."""
         if name in self.overrides:
             return self.overrides[name]
-        storage = storage_of(name, shape, self.precision)
-        own = OWN_STORAGE.get((self.target, self.precision, name))
-        if own is not None and own.group_size is not None and shape[-1] % own.group_size == 0:
-            return own
+        storage = storage_of(name, shape, self.recipe or RECIPES[self.precision])
         half = storage.bits == 32 and (self.target, self.precision) in HALF_REST
         return Storage(16, None) if half else storage
 
@@ -75,7 +75,8 @@ def check_stored(
     """
     buffers: dict[torch.Size, torch.Tensor] = {}  # filled again, as LazyWeights says
     for name in dequantized:
-        original = weights[name]
+        coded = plan.chosen is not None and name in plan.chosen
+        original = plan.chosen[name] if plan.chosen is not None and coded else weights[name]
         if isinstance(dequantized, LazyWeights):
             if original.shape not in buffers:
                 buffers[original.shape] = torch.empty(original.shape)
@@ -83,7 +84,7 @@ def check_stored(
             dequantized.read_into(name, found)
         else:
             found = dequantized[name]
-        _check(name, found, original, plan)
+        _check(name, found, original, plan, coded)
 
 
 def rounded(weight: torch.Tensor, storage: Storage) -> torch.Tensor:
@@ -100,16 +101,21 @@ def rounded(weight: torch.Tensor, storage: Storage) -> torch.Tensor:
 
 
 class RoundedWeights(LazyWeights):
-    """State-dict name -> the checkpoint's weight, ``rounded``."""
+    """State-dict name -> the checkpoint's weight, ``rounded``; where codes were chosen, what they stand for."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], plan: StoragePlan) -> None:
         self._weights, self._plan = weights, plan
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if self._plan.chosen is not None and name in self._plan.chosen:
+            return self._plan.chosen[name]
         weight = self._weights[name].float()
         return rounded(weight, self._plan.storage(name, tuple(weight.shape)))
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
+        if self._plan.chosen is not None and name in self._plan.chosen:
+            out.copy_(self._plan.chosen[name])
+            return
         read_weight(self._weights, name, out)
         storage = self._plan.storage(name, tuple(out.shape))
         if storage.bits < 32:
@@ -123,7 +129,7 @@ class RoundedWeights(LazyWeights):
         return len(self._weights)
 
 
-def _check(name: str, found: torch.Tensor, original: torch.Tensor, plan: StoragePlan) -> None:
+def _check(name: str, found: torch.Tensor, original: torch.Tensor, plan: StoragePlan, coded: bool) -> None:
     if found.shape != original.shape:
         raise _wrong(name, plan, f"has shape {list(found.shape)}, not {list(original.shape)}")
     storage = plan.storage(name, tuple(original.shape))
@@ -131,7 +137,7 @@ def _check(name: str, found: torch.Tensor, original: torch.Tensor, plan: Storage
     for mine, stored in zip(_pieces(found), _pieces(original), strict=True):
         theirs = stored.float()
         distance = _groups((mine - theirs).abs(), storage)  # [rows, groups, width]
-        if storage.bits in STEP_LIMITS:
+        if storage.bits in STEP_LIMITS and not coded:
             allowed = STEP_LIMITS[storage.bits] * _steps(_groups(theirs, storage), storage.bits)
         else:
             allowed = _groups(theirs.abs(), storage) * FLOAT16_STEP + SMALLEST_FLOAT16

@@ -25,7 +25,7 @@ from bundle.manifest import (
     write_manifest,
 )
 from bundle.runtimes.registry import first_entry
-from bundle.staging import refuse_existing
+from bundle.staging import refuse_existing, write_text_whole
 from bundle.tokenizer import open_tokenizer
 from bundle.verify import verdict_of
 from distill.models.checkpoint import open_checkpoint
@@ -36,6 +36,11 @@ from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.provenance import environment_of, source_of
+from export.quantize.blame import BLAME_FILE
+from export.quantize.chosen import Layered, with_chosen
+from export.quantize.decide import Case, Decision, decide
+from export.quantize.request import Quantizing
+from export.recipe import RECIPES
 from export.recording import Recorded, record
 from export.room import STREAMED, check_room, release_free_memory
 from export.shape import model_shape
@@ -61,6 +66,12 @@ class ExportJob:
     context_length: int | None = None
     name: str | None = None
     onnx: OnnxOptions = OnnxOptions()
+    quantizing: Quantizing | None = None  # None: the precision's recipe, rounded to nearest
+
+    @property
+    def asked(self) -> Quantizing:
+        """What is asked of quantization."""
+        return self.quantizing or Quantizing(RECIPES[self.precision])
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -81,15 +92,20 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
     context_length = _context_length(job, skeleton, questions)
     shapes = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
-    check_room(job.target, job.output, shapes, job.precision, model_shape(skeleton, context_length), len(questions))
+    check_room(job.target, job.output, shapes, job.asked.bound, model_shape(skeleton, context_length), len(questions))
     source = source_of(job.checkpoint)
     model = open_streamed(job.checkpoint) if job.target in STREAMED else open_whole(job.checkpoint)
     progress(f"checkpoint {job.checkpoint} opened and hashed")
     with work_folder(job.output, _identity(job, source, context_length), progress) as work:
         folder = work.bundle
+        case = Case(job.checkpoint, job.target, processing, context_length, job.onnx.storages, work.notes)
+        decision = decide(case, job.asked, progress)
+        if decision.blame is not None:
+            write_text_whole(folder / BLAME_FILE, decision.blame.model_dump_json(indent=1) + "\n")
+        chosen, streamed = decision.chosen, job.target in STREAMED
         exported = exporter(
             ExportRequest(
-                vlm=model.vlm,
+                vlm=model.vlm if chosen is None or streamed else with_chosen(model.vlm, chosen),
                 precision=job.precision,
                 context_length=context_length,
                 tokenizer_path=processing.tokenizer_path,
@@ -97,16 +113,19 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 bos_id=_bos_id(processing),
                 output=folder,
                 progress=progress,
-                weights=model.weights,
+                weights=model.weights if chosen is None else Layered(chosen, model.weights),
                 work=work,
                 onnx=job.onnx,
+                own_recipe=decision.recipe,
+                chosen=chosen,
             )
         )
+        stored = exported.dequantized if chosen is None else Layered(exported.dequantized, chosen)
         shutil.copyfile(processing.tokenizer_path, folder / TOKENIZER_FILE)
-        recorded = _record(job, model, exported.dequantized, questions, folder, progress)
+        recorded = _record(job, model, stored, decision, questions, folder, progress)
         release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
-        manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded)
+        manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded, decision)
         record_constants(folder, manifest)
         parity = _check(folder, job, manifest)
         progress(f"replayed on {parity.runtime}: every stage within tolerance")
@@ -122,6 +141,7 @@ def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, 
         "precision": job.precision,
         "context_length": context_length,
         "onnx": asdict(job.onnx),
+        "quantizing": job.asked.identity(),
         "weights_sha256": source.weights_sha256,
         "environment": environment_of(job.target),
     }
@@ -176,11 +196,12 @@ def _record(
     job: ExportJob,
     model: LoadedModel,
     dequantized: Mapping[str, torch.Tensor],
+    decision: Decision,
     questions: Sequence[Probe],
     folder: Path,
     progress: Callable[[str], None],
 ) -> Recorded:
-    plan = StoragePlan(job.target, job.precision, job.onnx.storages)
+    plan = StoragePlan(job.target, job.precision, job.onnx.storages, decision.recipe, decision.chosen)
     try:
         return record(model, dequantized, questions, plan, folder, progress)
     except VerificationError as error:
@@ -195,6 +216,7 @@ def _manifest(
     exported: ExportedGraphs,
     context_length: int,
     recorded: Recorded,
+    decision: Decision,
 ) -> Manifest:
     return Manifest(
         name=job.name or f"{job.checkpoint.resolve().name}-{job.target}-{job.precision}",
@@ -206,6 +228,7 @@ def _manifest(
         model=model_shape(vlm, context_length),
         graphs=exported.graphs,
         quantization=exported.quantization,
+        recipe=decision.record,
         image=processing.image,
         prompt=processing.prompt,
         tokenizer=processing.tokenizer.model_copy(update={"path": TOKENIZER_FILE}),

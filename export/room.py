@@ -14,7 +14,7 @@ import psutil
 from bundle.errors import UsageError
 from bundle.golden import GREEDY_TOKENS
 from bundle.manifest import ModelShape, Precision, Target
-from export.recipe import storage_of
+from export.recipe import Recipe, storage_of
 
 GIB = 1 << 30
 FLOAT_BYTES, SCALE_BYTES = 4, 4
@@ -30,28 +30,31 @@ STREAMED: tuple[Target, ...] = ("onnx",)
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def file_bytes(shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> int:
+def file_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe | Precision) -> int:
     """Bytes of all graphs' weights."""
-    return sum(_stored_bytes(name, shape, precision) for name, shape in shapes.items())
+    return sum(_stored_bytes(name, shape, recipe) for name, shape in shapes.items())
 
 
-def _stored_bytes(name: str, shape: tuple[int, ...], precision: Precision) -> int:
-    storage, values = storage_of(name, shape, precision), math.prod(shape)
+def _stored_bytes(name: str, shape: tuple[int, ...], recipe: Recipe | Precision) -> int:
+    storage, values = storage_of(name, shape, recipe), math.prod(shape)
     scales = values / (storage.group_size or CHANNEL_BLOCK) * SCALE_BYTES if storage.bits in (4, 8) else 0
     return int(values * storage.bits / 8 + scales)
 
 
-def disk_needed(shapes: Mapping[str, tuple[int, ...]], precision: Precision, questions: int, vocabulary: int) -> int:
+def disk_needed(
+    shapes: Mapping[str, tuple[int, ...]], recipe: Recipe | Precision, questions: int, vocabulary: int
+) -> int:
     """Bytes that the bundle takes."""
     logits = questions * (GREEDY_TOKENS + 1) * vocabulary * FLOAT_BYTES
+    precision = recipe.precision if isinstance(recipe, Recipe) else recipe
     sets = 1 if precision == "fp32" else 2  # of golden vectors: the checkpoint's, and those of the stored weights
-    return file_bytes(shapes, precision) + sets * logits + SPARE_DISK_BYTES
+    return file_bytes(shapes, recipe) + sets * logits + SPARE_DISK_BYTES
 
 
-def memory_needed(shapes: Mapping[str, tuple[int, ...]], precision: Precision, model: ModelShape) -> int:
+def memory_needed(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe | Precision, model: ModelShape) -> int:
     """Bytes that a streamed export takes at its peak: the replay, or the model's largest parts as float32."""
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.context_length * FLOAT_BYTES
-    replay = int(SESSION_PER_FILE_BYTE * file_bytes(shapes, precision)) + cache
+    replay = int(SESSION_PER_FILE_BYTE * file_bytes(shapes, recipe)) + cache
     layer = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("language_model.layers.0."))
     table = max(math.prod(shape) for shape in shapes.values())
     recording = FLOAT_BYTES * (layer + table) + cache + ACTIVATION_BYTES
@@ -62,7 +65,7 @@ def check_room(
     target: Target,
     output: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    precision: Precision,
+    recipe: Recipe,
     model: ModelShape,
     questions: int,
 ) -> None:
@@ -71,7 +74,7 @@ def check_room(
     Raises:
         UsageError: too little disk or memory, with both numbers.
     """
-    disk, free = disk_needed(shapes, precision, questions, model.vocab_size), free_disk_bytes(output.parent)
+    disk, free = disk_needed(shapes, recipe, questions, model.vocab_size), free_disk_bytes(output.parent)
     if free < disk:
         raise UsageError(
             f"the bundle takes {disk / GIB:.1f} GiB of disk, {output.parent} has {free / GIB:.1f} GiB free; make room "
@@ -79,7 +82,7 @@ def check_room(
         )
     if target not in STREAMED:
         return
-    memory, available = memory_needed(shapes, precision, model), available_memory_bytes()
+    memory, available = memory_needed(shapes, recipe, model), available_memory_bytes()
     if available < memory:
         raise UsageError(
             f"the export takes about {memory / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are available; close "

@@ -11,10 +11,11 @@ import torch
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision, Tensor
 from export.contract import ExportedGraphs, ExportRequest
 from export.coreml_checks import Budget, check_package
+from export.coreml_codes import store_codes
 from export.coreml_convert import convert, load_coremltools, quantize, save_package
 from export.coreml_modules import CoreMlDecoder, CoreMlEmbedding, CoreMlVision, refuse_unsupported
 from export.coreml_weights import flat_name, read_back
-from export.recipe import Storage, storage_of
+from export.recipe import Recipe, Storage, storage_of
 
 FloatName = Literal["float16", "float32"]
 # Dynamic sizes of the traced call; were they equal, or 1, the graph would hold them as one size, or as fixed.
@@ -58,18 +59,16 @@ def export_graph(request: ExportRequest, name: GraphName) -> tuple[Graph, GraphQ
     load_coremltools()
     weights = request.vlm.state_dict()
     part = PARTS[name](request)
-    rules = {
-        weight: _storage(weight, weights[weight], request.precision) for weight, _ in part.module.named_parameters()
-    }
+    rules = {weight: _storage(weight, weights[weight], request.recipe) for weight, _ in part.module.named_parameters()}
     values = _write(request, part, {weight: weights[weight] for weight in rules}, rules)
     changed = {weight: value for weight, value in values.items() if not torch.equal(value, weights[weight])}
     return part.graph, describe(name, rules, _sizes(values)), changed
 
 
-def _storage(name: str, weight: torch.Tensor, precision: Precision) -> Storage:
+def _storage(name: str, weight: torch.Tensor, recipe: Recipe) -> Storage:
     """The shared recipe's answer; what it leaves in float is float16, as the program computes, except at fp32."""
-    rule = storage_of(name, tuple(weight.shape), precision)
-    return Storage(16, None) if rule.bits == 32 and precision != "fp32" else rule
+    rule = storage_of(name, tuple(weight.shape), recipe)
+    return Storage(16, None) if rule.bits == 32 and recipe.precision != "fp32" else rule
 
 
 def _write(
@@ -78,7 +77,12 @@ def _write(
     """Write and check one package -> the weights it holds."""
     package, longest = request.output / part.graph.path, request.context_length
     model = convert(part.module, part.example, part.graph, request.precision, longest)
-    quantized = {f"{flat_name(name)}_to_fp16": rule for name, rule in rules.items() if rule.bits < 16}
+    constants = {name: f"{flat_name(name)}_to_fp16" for name, rule in rules.items() if rule.bits < 16}
+    chosen = request.chosen
+    coded = {name: constant for name, constant in constants.items() if chosen is not None and name in chosen}
+    if chosen is not None:
+        model = store_codes(model, chosen, coded)
+    quantized = {constant: rules[name] for name, constant in constants.items() if name not in coded}
     save_package(quantize(model, quantized), package)
     bits = {name: int(rule.bits) for name, rule in rules.items()}
     values = read_back(package, weights, bits)

@@ -27,8 +27,8 @@ def export_executorch(request: ExportRequest) -> ExportedGraphs:
         warnings.simplefilter("ignore")  # torch and executorch warn of their own deprecated calls, hundreds of times
         _load_operators()
         twin = weight_sharing_copy(request.vlm)
-        quantization = quantize(twin, request.precision)
-        request.progress(f"weights at {request.precision}")
+        quantization = quantize(twin, request.recipe, request.chosen)
+        request.progress(f"weights at {request.recipe.name}")
         programs = _trace(request, VisionEncoder(twin), TokenEmbedding(twin), TextDecoder(twin, request.context_length))
         request.progress("three graphs traced")
         _lower(request, programs)

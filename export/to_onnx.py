@@ -49,9 +49,10 @@ def export_onnx(request: ExportRequest) -> ExportedGraphs:
     source = WeightSource(
         weights=vlm.state_dict() if request.weights is None else request.weights,
         shapes=shapes,
-        precision=precision,
+        recipe=request.recipe,
         overrides=request.onnx.storages,
         meter=Meter("weights written", values, request.progress),
+        chosen=request.chosen,
     )
     for name, write in todo.items():
         writer = ModelWriter(request.output / paths[name], source)
@@ -134,7 +135,7 @@ def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     if request.onnx.int4_embedding:
         row["token_embedding"] = TABLE_4
     shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
-    odd = fallbacks(shapes, request.precision)
+    odd = fallbacks(shapes, request.recipe)
     if odd:
         decoder = row["text_decoder"]
         weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"

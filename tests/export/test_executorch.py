@@ -27,6 +27,7 @@ from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from export.contract import ExportedGraphs, ExportRequest
 from export.executorch_modules import TextDecoder, VisionEncoder, weight_sharing_copy
 from export.executorch_quantize import dequantized, quantize
+from export.recipe import RECIPES
 from export.shape import model_shape
 from export.to_executorch import export_executorch
 from tests.export.conftest import STUDENT
@@ -217,9 +218,7 @@ def test_the_model_is_left_as_it_was(int4: Exported) -> None:
 def test_quantization_is_recorded_graph_by_graph(int4: Exported, fp32: Exported) -> None:
     record = int4.graphs.quantization
     assert record["text_decoder"].group_size == 32
-    assert record["text_decoder"].weights == (
-        "int4 symmetric; int8 symmetric per channel where 32 does not divide the width: down_proj"
-    )
+    assert record["text_decoder"].weights == "int4 symmetric; int8 symmetric: down_proj, lm_head"
     assert record["text_decoder"].activations == "int8 dynamic per token"
     assert (record["vision_encoder"].weights, record["vision_encoder"].group_size) == ("int8 symmetric", None)
     assert (record["token_embedding"].weights, record["token_embedding"].activations) == ("int8 symmetric", "float32")
@@ -230,7 +229,7 @@ def test_quantization_is_recorded_graph_by_graph(int4: Exported, fp32: Exported)
 def test_dequantized_weights_lie_on_the_grid_of_their_precision(precision: Precision, levels: int) -> None:
     vlm = random_vlm()
     twin = weight_sharing_copy(vlm)
-    quantize(twin, precision)
+    quantize(twin, RECIPES[precision])
     stored = dequantized(twin, vlm)
     linears = [n for n, m in vlm.named_modules() if isinstance(m, torch.nn.Linear) and "encoder.layers.2" not in n]
     assert set(stored) == {f"{name}.weight" for name in [*linears, "language_model.embed_tokens"]}
@@ -250,7 +249,7 @@ def test_dequantized_weights_lie_on_the_grid_of_their_precision(precision: Preci
 def test_fp16_weights_are_the_nearest_halves() -> None:
     vlm = random_vlm()
     twin = weight_sharing_copy(vlm)
-    record = quantize(twin, "fp16")
+    record = quantize(twin, RECIPES["fp16"])
     stored = dequantized(twin, vlm)
     assert record["text_decoder"].weights == "float16"
     for name in ("lm_head.weight", "vision_tower.encoder.layers.0.mlp.fc1.bias", "language_model.embed_tokens.weight"):
