@@ -92,13 +92,15 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     questions = probes(processing, open_tokenizer(processing.tokenizer, processing.tokenizer_path.parent))
     context_length = _context_length(job, skeleton, questions)
     shapes = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
-    check_room(job.target, job.output, shapes, job.asked.bound, model_shape(skeleton, context_length), len(questions))
+    shape = model_shape(skeleton, context_length)
+    asked = job.asked
+    check_room(job.target, job.output, shapes, asked.bound, shape, len(questions), codes=asked.method != "rtn")
     source = source_of(job.checkpoint)
     model = open_streamed(job.checkpoint) if job.target in STREAMED else open_whole(job.checkpoint)
     progress(f"checkpoint {job.checkpoint} opened and hashed")
     with work_folder(job.output, _identity(job, source, context_length), progress) as work:
         folder = work.bundle
-        case = Case(job.checkpoint, job.target, processing, context_length, job.onnx.storages, work.notes)
+        case = Case(job.checkpoint, job.target, processing, context_length, shapes, job.onnx.storages, work.notes)
         decision = decide(case, job.asked, progress)
         if decision.blame is not None:
             write_text_whole(folder / BLAME_FILE, decision.blame.model_dump_json(indent=1) + "\n")

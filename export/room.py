@@ -68,13 +68,18 @@ def check_room(
     recipe: Recipe,
     model: ModelShape,
     questions: int,
+    codes: bool = False,
 ) -> None:
     """Refuse an export that this machine cannot finish.
+
+    Args:
+        codes: chosen codes, a byte a weight, lie in the work folder meanwhile.
 
     Raises:
         UsageError: too little disk or memory, with both numbers.
     """
     disk, free = disk_needed(shapes, recipe, questions, model.vocab_size), free_disk_bytes(output.parent)
+    disk += sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2) if codes else 0
     if free < disk:
         raise UsageError(
             f"the bundle takes {disk / GIB:.1f} GiB of disk, {output.parent} has {free / GIB:.1f} GiB free; make room "

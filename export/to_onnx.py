@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from pydantic import TypeAdapter
@@ -22,7 +23,7 @@ from export.onnx_linear import ModelWriter, WeightSource
 from export.onnx_stored import Stored, StoredWeights
 from export.onnx_vision import write_vision_encoder
 from export.onnx_weights import CHANNEL_BLOCK
-from export.recipe import fallbacks
+from export.recipe import RECIPES, fallbacks, storage_of
 
 FOLDER = "onnx"
 SUFFIX: dict[Precision, str] = {"int4": "_q4", "int8": "_quantized", "fp16": "_fp16", "fp32": ""}
@@ -135,9 +136,28 @@ def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     if request.onnx.int4_embedding:
         row["token_embedding"] = TABLE_4
     shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
+    if request.recipe != RECIPES[request.precision]:
+        return {name: _mixed(request, name, shapes) for name in row}
     odd = fallbacks(shapes, request.recipe)
     if odd:
         decoder = row["text_decoder"]
         weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"
         row["text_decoder"] = decoder.model_copy(update={"weights": weights})
     return row
+
+
+def _mixed(request: ExportRequest, graph: GraphName, shapes: Mapping[str, tuple[int, ...]]) -> GraphQuantization:
+    """How a recipe of the user's stores one graph: the storage of most of its matrices, then the others by number."""
+    storages = Counter(
+        request.onnx.storages.get(name) or storage_of(name, shape, request.recipe)
+        for name, shape in shapes.items()
+        if graph_of(name, request.vlm) == graph
+    )
+    kinds = [storage for storage, _ in storages.most_common() if storage.bits < 16]
+    if not kinds:
+        return PLAIN
+    weights = f"int{kinds[0].bits} symmetric"
+    for kind in kinds[1:]:
+        weights += f"; {storages[kind]} matrices int{kind.bits} symmetric"
+    activations = QUANTIZATION[request.precision][graph].activations
+    return GraphQuantization(weights=weights, group_size=kinds[0].group_size or CHANNEL_BLOCK, activations=activations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from export.quantize.sensitivity import Sensitivity
 from export.recipe import QuantRule, Recipe, Storage
 from export.streamed_model import LoadedModel, open_streamed
 
-CODES_FOLDER, CHOICE_FILE = "codes", "choice.json"
+CODES_FOLDER, CHOICE_FILE = "codes", "choice.json"  # a folder of their own: *.json beside it are graphs
 
 
 # onnxruntime multiplies whatever scale it finds; XNNPACK refuses scales below 0, and of Core ML nothing is known.
@@ -52,6 +52,7 @@ class Case:
     target: Target
     processing: Processing
     context_length: int
+    shapes: Mapping[str, tuple[int, ...]]
     overrides: dict[str, Storage]
     notes: Path
 
@@ -64,12 +65,11 @@ def decide(case: Case, asked: Quantizing, progress: Callable[[str], None]) -> De
     Raises:
         UsageError: the calibration data or the recipe does not fit the model, or the budget is too small.
     """
-    if asked.recipe is not None and asked.method == "rtn":
-        _check(asked.recipe, open_streamed(case.checkpoint), case.target)
-        return Decision(asked.recipe, None, _record(asked.recipe, asked, None), None)
-    model = open_streamed(case.checkpoint)
     if asked.recipe is not None:
-        _check(asked.recipe, model, case.target)
+        check_recipe(asked.recipe, case.shapes, case.target)
+        if asked.method == "rtn":
+            return Decision(asked.recipe, None, _record(asked.recipe, asked, None), None)
+    model = open_streamed(case.checkpoint)
     data = None
     if asked.calibration is not None:
         data = read_calibration(asked.calibration, case.processing, model.vlm.config, case.context_length)
@@ -82,7 +82,7 @@ def decide(case: Case, asked: Quantizing, progress: Callable[[str], None]) -> De
     if asked.method != "rtn":
         chosen = ChosenWeights(case.notes / CODES_FOLDER)
         plan = StoragePlan(case.target, recipe.precision, case.overrides, recipe)
-        storages = {name: plan.storage(name, shape) for name, shape in _shapes(model).items()}
+        storages = {name: plan.storage(name, shape) for name, shape in case.shapes.items()}
         choose_codes(model, storages, asked.method, data, chosen, case.target in SIGNED_SCALES, progress)
     return Decision(recipe, chosen, _record(recipe, asked, data), blame)
 
@@ -90,12 +90,13 @@ def decide(case: Case, asked: Quantizing, progress: Callable[[str], None]) -> De
 def _choose_recipe(
     case: Case, model: LoadedModel, data: Calibration, budget_mb: float, progress: Callable[[str], None]
 ) -> tuple[Recipe, Blame]:
-    note = case.notes / CHOICE_FILE
+    note = case.notes / CODES_FOLDER / CHOICE_FILE
+    note.parent.mkdir(exist_ok=True)
     if note.is_file():  # of the run that was killed; its work folder is of the same job
         kept = json.loads(note.read_text(encoding="utf-8"))
         rules = tuple(QuantRule(*rule) for rule in kept["rules"])
         return Recipe(AUTO, "int4", rules), Blame.model_validate(kept["blame"])
-    shapes, config = _shapes(model), model.vlm.config
+    shapes, config = case.shapes, model.vlm.config
     parts = parts_of(shapes, config.tower_layers, len(model.vlm.language_model.layers))
     sensitivity = Sensitivity(model, data.conversations)
     losses = sensitivity.measure(parts, progress)
@@ -110,14 +111,6 @@ def _choose_recipe(
     rules_json = [[rule.pattern, rule.bits, rule.group_size] for rule in recipe.rules]
     write_text_whole(note, json.dumps({"rules": rules_json, "blame": blame.model_dump(mode="json")}))
     return recipe, blame
-
-
-def _check(recipe: Recipe, model: LoadedModel, target: Target) -> None:
-    check_recipe(recipe, _shapes(model), target)
-
-
-def _shapes(model: LoadedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in model.vlm.state_dict().items()}
 
 
 def _record(recipe: Recipe, asked: Quantizing, data: Calibration | None) -> RecipeRecord:

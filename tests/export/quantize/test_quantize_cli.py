@@ -74,3 +74,39 @@ def test_a_budget_that_is_too_small_leaves_nothing(run_export: Command, tmp_path
     ran = run_export(STUDENT, "--target", "onnx", "--output", tmp_path / "out", *options)
     assert ran.code == 2 and "--budget-mb 0.01 is too little" in ran.error
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_stopped_export_keeps_its_choice_and_codes(
+    run_export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--recipe", "auto", "--budget-mb", "0.3", "--calibration", write_set(tmp_path))
+    command = (STUDENT, "--target", "onnx", "--output", tmp_path / "out", "--context-length", str(CONTEXT), *options)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("export.to_onnx.ModelWriter", stop)
+        assert run_export(*command).code == 130
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.work" / "finished" / "codes").iterdir()}
+    assert "choice.json" in kept and len(kept) > 1
+    with monkeypatch.context() as patched:
+        patched.setattr("export.quantize.search.gptq", stop)  # neither is made again
+        patched.setattr("export.quantize.decide.Sensitivity", stop)
+        ran = run_export(*command)
+    assert ran.code == 0, ran.stderr
+    assert (tmp_path / "out" / BLAME_FILE).exists()
+
+
+def test_the_manifest_says_how_a_recipe_of_the_users_stores_each_graph(run_export: Command, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "name: mine\nrules: [{pattern: 'language_model.*0\\.self_attn.*', bits: 8}, {pattern: 'lm_.*', bits: 4}]\n"
+    )
+    out = tmp_path / "out"
+    ran = run_export(STUDENT, "--target", "onnx", "--recipe", recipe, "--output", out, "--context-length", str(CONTEXT))
+    assert ran.code == 0, ran.stderr
+    decoder = read_manifest(out).quantization["text_decoder"]
+    assert (decoder.weights, decoder.group_size) == ("int4 symmetric; 4 matrices int8 symmetric", 32)
+    record = read_manifest(out).recipe
+    assert record is not None and (record.name, record.method, record.rules[0].bits) == ("mine", "rtn", 8)
