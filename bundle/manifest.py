@@ -182,6 +182,31 @@ class Source(Frozen):
     weights_sha256: str
 
 
+class RuleRecord(Frozen):
+    """One rule of a recipe; the first whose pattern matches a weight's whole name decides."""
+
+    pattern: str = Field(description="regular expression over state-dict names of the checkpoint")
+    bits: int
+    group_size: int | None = None
+
+
+class CalibrationRecord(Frozen):
+    """The data that methods and recipes were chosen on."""
+
+    sha256: str = Field(description="of the data set")
+    rows: int = Field(description="conversations that were looked at")
+
+
+class RecipeRecord(Frozen):
+    """How wide each weight is stored, and how the 4-bit codes were chosen."""
+
+    name: str
+    method: Literal["rtn", "hqq", "gptq"]
+    rules: tuple[RuleRecord, ...]
+    calibration: CalibrationRecord | None = None
+    budget_mb: float | None = Field(default=None, description="megabytes of 10^6 bytes that the recipe was chosen for")
+
+
 class Manifest(Frozen):
     """The whole contract of one bundle: one target at one precision."""
 
@@ -195,6 +220,7 @@ class Manifest(Frozen):
     model: ModelShape
     graphs: dict[GraphName, Graph]
     quantization: dict[GraphName, GraphQuantization]
+    recipe: RecipeRecord | None = None
     image: ImageSpec
     prompt: PromptSpec
     tokenizer: TokenizerSpec

@@ -47,6 +47,20 @@ class ExportConfig:
     """weights float16"""
     fp32: Flag = False
     """weights float32"""
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE|auto")] = None
+    """bits by weight, in place of one precision: a recipe of ours (int4, int4-head4, int8, fp16, fp32), a YAML or JSON
+    file of rules, or 'auto': the bits that lose least within --budget-mb, measured on --calibration"""
+    budget_mb: Annotated[float | None, tyro.conf.arg(metavar="N")] = None
+    """with --recipe auto: megabytes (10^6 bytes) that all weights may take together"""
+    quant_method: Annotated[str | None, tyro.conf.arg(metavar="{rtn,hqq,gptq}")] = None
+    """how 4-bit codes are chosen: rtn rounds to nearest, hqq searches scales, gptq makes up for errors on
+    --calibration; default: gptq with --calibration, rtn without"""
+    calibration: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None
+    """conversations to calibrate on, in any format that alignkd-distill trains on"""
+    calibration_images: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """folder of their images; default: where DATA lies"""
+    calibration_rows: Annotated[int, tyro.conf.arg(metavar="N")] = 64
+    """how many of them, taken evenly from the whole"""
     context_length: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """tokens that image, prompt and answer may take together; default: 1024, or the model's own limit if it is less"""
     int4_embedding: Flag = False
@@ -67,8 +81,8 @@ class ExportConfig:
     """end with one line of JSON on stdout instead of the path"""
 
 
-def chosen_precision(config: ExportConfig) -> Precision:
-    """The one precision asked for; int4 when none is.
+def chosen_precision(config: ExportConfig) -> Precision | None:
+    """The one precision asked for, if any.
 
     Raises:
         UsageError: more than one was given.
@@ -78,15 +92,12 @@ def chosen_precision(config: ExportConfig) -> Precision:
     if len(given) > 1:
         listed = ", ".join(f"--{precision}" for precision in given)
         raise UsageError(f"give one precision, not {len(given)} ({listed}); allowed: --int4, --int8, --fp16, --fp32")
-    return given[0] if given else "int4"
+    return given[0] if given else None
 
 
 def export(config: ExportConfig) -> int:
     """Run one export and print where the bundle lies."""
     target, precision = known_target(config.target), chosen_precision(config)
-    _check_onnx_options(config, target, precision)
-    _check_executorch_options(config, target, precision)
-    _check_engine(config, target, precision)
     start = time.monotonic()
     manifest = _run(config, target, precision)
     if config.json:
@@ -135,15 +146,37 @@ def _check_engine(config: ExportConfig, target: Target, precision: Precision) ->
         raise UsageError("--engine ane computes in float16 and not at --fp32; use --fp16, or --engine gpu")
 
 
-def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest:
+def _check_quantizing(config: ExportConfig, target: Target) -> None:
+    """Recipes and methods speak of integers with a scale per group."""
+    other = "--target coreai" if target == "coreai" else "--engine ane" if config.engine == "ane" else None
+    asked = config.recipe or config.quant_method or config.calibration
+    if other is not None and asked is not None:
+        raise UsageError(
+            f"{other} takes --int4, --int8, --fp16 or --fp32 as they are; --recipe, --quant-method and --calibration "
+            "are for onnx, executorch and coreml --engine gpu: leave them out"
+        )
+
+
+def _run(config: ExportConfig, target: Target, precision: Precision | None) -> Manifest:
     try:
         from export.contract import CoreMlOptions, ExecutorchOptions, OnnxOptions
         from export.frame import ExportJob, export_bundle
+        from export.quantize.blame import print_blame
+        from export.quantize.calibration import CalibrationData
+        from export.quantize.request import quantizing
     except ModuleNotFoundError as error:
         raise missing_extra((error.name or "torch").split(".")[0], target) from error
     from rich.console import Console
     from rich.markup import escape
 
+    data = None
+    if config.calibration is not None:
+        data = CalibrationData(config.calibration, config.calibration_images, config.calibration_rows)
+    asked = quantizing(precision, config.recipe, config.quant_method, data, config.budget_mb)
+    _check_onnx_options(config, target, asked.precision)
+    _check_executorch_options(config, target, asked.precision)
+    _check_engine(config, target, asked.precision)
+    _check_quantizing(config, target)
     console, start = Console(stderr=True), time.monotonic()
 
     def progress(line: str) -> None:
@@ -152,7 +185,7 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
     job = ExportJob(
         config.checkpoint,
         target,
-        precision,
+        asked.precision,
         config.output,
         config.context_length,
         config.name,
@@ -160,8 +193,10 @@ def _run(config: ExportConfig, target: Target, precision: Precision) -> Manifest
         ExecutorchOptions(_known_backend(config.backend), config.float_vision),
         CoreMlOptions(config.engine or "gpu"),
         config.prefix_cache,
+        asked,
     )
     manifest = export_bundle(job, progress)
+    print_blame(config.output, console)
     progress(f"peak memory of this process {peak_memory_bytes() / (1 << 30):.2f} GiB")
     return manifest
 

@@ -7,13 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from bundle.manifest import Backend, CoreMl, Engine, Graph, GraphName, GraphQuantization, Precision
 from distill.models.mobilevlm import MobileVlm
-from export.recipe import VISION_LINEARS, Storage, storage_of
+from export.recipe import RECIPES, VISION_LINEARS, Recipe, Storage, storage_of
 from export.work_folder import WorkFolder
+
+if TYPE_CHECKING:
+    from export.quantize.chosen import ChosenWeights
 
 EMBEDDING = "language_model.embed_tokens.weight"
 INT4_GROUP = 32
@@ -129,6 +133,13 @@ class ExportRequest:
     onnx: OnnxOptions = OnnxOptions()
     executorch: ExecutorchOptions = ExecutorchOptions()
     coreml: CoreMlOptions = CoreMlOptions()
+    own_recipe: Recipe | None = None  # None: the precision's
+    chosen: ChosenWeights | None = None  # codes to store as they are; ``weights`` hold what they stand for
+
+    @property
+    def recipe(self) -> Recipe:
+        """How wide each weight is stored."""
+        return self.own_recipe or RECIPES[self.precision]
 
 
 @dataclass(frozen=True)

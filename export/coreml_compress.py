@@ -36,8 +36,24 @@ class Packed:
     parts: dict[str, Constant]
 
 
+def stored_codes(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> Packed:
+    """A weight whose 4-bit codes were chosen.
+
+    Args:
+        codes: int8 [N, K].
+        scales: [N, groups], exact in float16 (export/quantize/grid.py).
+        shape: in the program: [N, K] with axes of 1 added.
+    """
+    ones = (1,) * (len(shape) - 2)
+    data = Constant(codes.numpy().reshape(shape), INT4)
+    return Packed(
+        "constexpr_blockwise_shift_scale",
+        {"data": data, "scale": Constant(scales.numpy().astype(np.float16).reshape(shape[0], -1, *ones), FLOAT16)},
+    )
+
+
 def pack(weight: torch.Tensor, shape: tuple[int, ...], storage: Storage) -> Packed:
-    """Compress one weight.
+    """Compress one weight, rounding it to nearest or to the entries of tables.
 
     Args:
         weight: any float type; the first axis is that of output channels.

@@ -20,7 +20,8 @@ from bundle.errors import VerificationError
 from bundle.manifest import Precision, Stage, Target
 from export.contract import LazyWeights, read_weight
 from export.palette import entries_of, to_nearest
-from export.recipe import Bits, Storage, storage_of
+from export.quantize.chosen import ChosenWeights
+from export.recipe import RECIPES, Bits, Recipe, Storage, storage_of
 
 FLOAT16_STEP = 2.0**-10  # relative, twice the rounding error
 SMALLEST_FLOAT16 = 2.0**-24
@@ -59,17 +60,21 @@ class StoragePlan:
 
     Attributes:
         overrides: single weights, before the recipe.
+        recipe: None: the precision's own.
+        chosen: weights whose codes were chosen, None: all are rounded to nearest.
     """
 
     target: Target
     precision: Precision
     overrides: Mapping[str, Storage] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    chosen: ChosenWeights | None = None
 
     def storage(self, name: str, shape: tuple[int, ...]) -> Storage:
         """The recipe's answer, or the override, and float16 where the target writes the rest so."""
         if name in self.overrides:
             return self.overrides[name]
-        storage = storage_of(name, shape, self.precision)
+        storage = storage_of(name, shape, self.recipe or RECIPES[self.precision])
         half = storage.bits == 32 and (self.target, self.precision) in HALF_REST
         return Storage(16, None) if half else storage
 
@@ -84,7 +89,8 @@ def check_stored(
     """
     buffers: dict[torch.Size, torch.Tensor] = {}  # filled again, as LazyWeights says
     for name in dequantized:
-        original = weights[name]
+        coded = plan.chosen is not None and name in plan.chosen
+        original = plan.chosen[name] if plan.chosen is not None and coded else weights[name]
         if isinstance(dequantized, LazyWeights):
             if original.shape not in buffers:
                 buffers[original.shape] = torch.empty(original.shape)
@@ -92,7 +98,7 @@ def check_stored(
             dequantized.read_into(name, found)
         else:
             found = dequantized[name]
-        _check(name, found, original, plan)
+        _check(name, found, original, plan, coded)
 
 
 def rounded(weight: torch.Tensor, storage: Storage) -> torch.Tensor:
@@ -111,16 +117,21 @@ def rounded(weight: torch.Tensor, storage: Storage) -> torch.Tensor:
 
 
 class RoundedWeights(LazyWeights):
-    """State-dict name -> the checkpoint's weight, ``rounded``."""
+    """State-dict name -> the checkpoint's weight, ``rounded``; where codes were chosen, what they stand for."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], plan: StoragePlan) -> None:
         self._weights, self._plan = weights, plan
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if self._plan.chosen is not None and name in self._plan.chosen:
+            return self._plan.chosen[name]
         weight = self._weights[name].float()
         return rounded(weight, self._plan.storage(name, tuple(weight.shape)))
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
+        if self._plan.chosen is not None and name in self._plan.chosen:
+            out.copy_(self._plan.chosen[name])
+            return
         read_weight(self._weights, name, out)
         storage = self._plan.storage(name, tuple(out.shape))
         if storage.bits < 32:
@@ -134,7 +145,7 @@ class RoundedWeights(LazyWeights):
         return len(self._weights)
 
 
-def _check(name: str, found: torch.Tensor, original: torch.Tensor, plan: StoragePlan) -> None:
+def _check(name: str, found: torch.Tensor, original: torch.Tensor, plan: StoragePlan, coded: bool) -> None:
     if found.shape != original.shape:
         raise _wrong(name, plan, f"has shape {list(found.shape)}, not {list(original.shape)}")
     storage = plan.storage(name, tuple(original.shape))
@@ -145,7 +156,7 @@ def _check(name: str, found: torch.Tensor, original: torch.Tensor, plan: Storage
     for mine, stored in zip(_pieces(found), _pieces(original), strict=True):
         theirs = stored.float()
         distance = _groups((mine - theirs).abs(), storage)  # [rows, groups, width]
-        if storage.bits in STEP_LIMITS:
+        if storage.bits in STEP_LIMITS and not coded:
             allowed = STEP_LIMITS[storage.bits] * _steps(_groups(theirs, storage), storage.bits)
         else:
             allowed = _groups(theirs.abs(), storage) * FLOAT16_STEP + SMALLEST_FLOAT16

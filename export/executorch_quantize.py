@@ -101,7 +101,7 @@ def _stored_form(
         return kept, StoredHalves(key=key_of(half_bytes(half)), shape=tuple(half.shape))
     if not matrix or storage.bits in (16, 32):  # convolutions stay float32 at every precision
         return value, None
-    packed = integers(value, storage, dynamic=source.dynamic and isinstance(module, nn.Linear))
+    packed = _codes(source.plan, name, value, storage, dynamic=source.dynamic and isinstance(module, nn.Linear))
     levels, scales = integer_bytes(packed.qdata, packed.scale, storage)
     record = StoredIntegers(
         key=key_of(levels),
@@ -111,6 +111,15 @@ def _stored_form(
         group_size=storage.group_size,
     )
     return packed, record
+
+
+def _codes(plan: StoragePlan, name: str, weight: torch.Tensor, storage: Storage, dynamic: bool) -> Any:
+    """The integers of one weight: those that were chosen for it, or the nearest."""
+    packed = integers(weight, storage, dynamic)
+    if plan.chosen is not None and name in plan.chosen:
+        coded = plan.chosen.coded(name)
+        packed.qdata, packed.scale = coded.codes, coded.scales
+    return packed
 
 
 def integers(weight: torch.Tensor, storage: Storage, dynamic: bool) -> Any:
@@ -156,7 +165,8 @@ class QuantizedAgain(LazyWeights):
         if isinstance(record, StoredHalves):
             out.copy_(out.half())
         else:
-            out.copy_(integers(out, Storage(record.bits, record.group_size), dynamic=True).dequantize())
+            storage = Storage(record.bits, record.group_size)
+            out.copy_(_codes(self._source.plan, name, out, storage, dynamic=True).dequantize())
 
     def __iter__(self) -> Any:
         return iter(self._stored)

@@ -25,7 +25,7 @@ from bundle.manifest import (
     write_manifest,
 )
 from bundle.runtimes.registry import first_entry, runs_elsewhere
-from bundle.staging import refuse_existing
+from bundle.staging import refuse_existing, write_text_whole
 from bundle.tokenizer import open_tokenizer
 from bundle.verify import verdict_of
 from distill.models.checkpoint import open_checkpoint
@@ -37,7 +37,11 @@ from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.prefix import refuse_prefix, write_prefix
 from export.provenance import environment_of, source_of
-from export.recipe import Storage
+from export.quantize.blame import BLAME_FILE
+from export.quantize.chosen import Layered
+from export.quantize.decide import Case, Decision, decide
+from export.quantize.request import Quantizing
+from export.recipe import RECIPES, Storage
 from export.recording import Recorded, record
 from export.room import STREAMED, check_room, release_free_memory
 from export.shape import model_shape
@@ -65,6 +69,12 @@ class ExportJob:
     executorch: ExecutorchOptions = ExecutorchOptions()
     coreml: CoreMlOptions = CoreMlOptions()
     prefix_cache: bool = False
+    quantizing: Quantizing | None = None  # None: the precision's recipe, rounded to nearest
+
+    @property
+    def asked(self) -> Quantizing:
+        """What is asked of quantization."""
+        return self.quantizing or Quantizing(RECIPES[self.precision])
 
     def storages(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Storage]:
         """Weights that are stored otherwise than the recipe says; options of other targets are at their defaults."""
@@ -90,12 +100,19 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
     context_length = _context_length(job, skeleton, questions)
     check_supported(job.checkpoint, skeleton, processing, context_length, job.target)
     shapes = {name: tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
-    check_room(job.target, job.output, shapes, job.precision, model_shape(skeleton, context_length), len(questions))
+    shape = model_shape(skeleton, context_length)
+    asked = job.asked
+    check_room(job.target, job.output, shapes, asked.bound, shape, len(questions), codes=asked.method != "rtn")
     source = source_of(job.checkpoint)
     model = open_streamed(job.checkpoint) if job.target in STREAMED else open_whole(job.checkpoint)
     progress(f"checkpoint {job.checkpoint} opened and hashed")
     with work_folder(job.output, _identity(job, source, context_length), progress) as work:
         folder = work.bundle
+        case = Case(job.checkpoint, job.target, processing, context_length, shapes, job.storages(shapes), work.notes)
+        decision = decide(case, job.asked, progress)
+        if decision.blame is not None:
+            write_text_whole(folder / BLAME_FILE, decision.blame.model_dump_json(indent=1) + "\n")
+        chosen = decision.chosen
         exported = exporter(
             ExportRequest(
                 vlm=model.vlm,
@@ -106,18 +123,21 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 bos_id=processing.tokenizer.bos_id,
                 output=folder,
                 progress=progress,
-                weights=model.weights,
+                weights=model.weights if chosen is None else Layered(chosen, model.weights),
                 work=work,
                 onnx=job.onnx,
                 executorch=job.executorch,
                 coreml=job.coreml,
+                own_recipe=decision.recipe,
+                chosen=chosen,
             )
         )
+        stored = exported.dequantized if chosen is None else Layered(exported.dequantized, chosen)
         shutil.copyfile(processing.tokenizer_path, folder / processing.tokenizer.path)
-        recorded = _record(job, model, exported.dequantized, questions, folder, progress)
+        recorded = _record(job, model, stored, decision, questions, folder, progress)
         release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
-        manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded)
+        manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded, decision)
         if job.target == "coreai":
             patch_size = manifest.image.size // skeleton.config.patch_grid
             write_stock_files(folder, manifest, processing.tokenizer_path, patch_size)
@@ -147,6 +167,7 @@ def _identity(job: ExportJob, source: Source, context_length: int) -> dict[str, 
         "executorch": asdict(job.executorch),
         "coreml": asdict(job.coreml),
         "prefix_cache": job.prefix_cache,
+        "quantizing": job.asked.identity(),
         "weights_sha256": source.weights_sha256,
         "environment": environment_of(job.target),
     }
@@ -169,12 +190,13 @@ def _record(
     job: ExportJob,
     model: LoadedModel,
     dequantized: Mapping[str, torch.Tensor],
+    decision: Decision,
     questions: Sequence[Probe],
     folder: Path,
     progress: Callable[[str], None],
 ) -> Recorded:
     shapes = {name: tuple(weight.shape) for name, weight in model.vlm.state_dict().items()}
-    plan = StoragePlan(job.target, job.precision, job.storages(shapes))
+    plan = StoragePlan(job.target, job.precision, job.storages(shapes), decision.recipe, decision.chosen)
     try:
         return record(model, dequantized, questions, plan, folder, progress)
     except VerificationError as error:
@@ -189,6 +211,7 @@ def _manifest(
     exported: ExportedGraphs,
     context_length: int,
     recorded: Recorded,
+    decision: Decision,
 ) -> Manifest:
     return Manifest(
         name=job.name or f"{job.checkpoint.resolve().name}-{job.target}-{job.precision}",
@@ -200,6 +223,7 @@ def _manifest(
         model=model_shape(vlm, context_length),
         graphs=exported.graphs,
         quantization=exported.quantization,
+        recipe=decision.record,
         image=processing.image,
         prompt=processing.prompt,
         tokenizer=processing.tokenizer,

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bundle.manifest import Precision
 from export.meter import Meter
 from export.onnx_stored import Stored, StoredBlocks, StoredHalves
 from export.onnx_weights import CHUNK_VALUES, Bytes, Floats, block_size_of, pack
 from export.onnx_writer import MICROSOFT, GraphWriter
-from export.recipe import Storage, storage_of
+from export.quantize.chosen import ChosenWeights
+from export.recipe import Recipe, Storage, storage_of
 
 ACCURACY_INT8 = 4  # MatMulNBits quantizes activations to int8 per block; its integer kernels need it
 FLOAT = 1  # onnx.TensorProto.FLOAT
@@ -27,15 +27,17 @@ class WeightSource:
 
     Attributes:
         weights: may be lazy; each is asked for once and let go.
-        overrides: storage of single weights, before the precision's recipe.
+        overrides: storage of single weights, before the recipe.
         meter: told of every weight value that was read.
+        chosen: weights that come with scales, at which they are whole levels.
     """
 
     weights: Mapping[str, torch.Tensor]
     shapes: Mapping[str, tuple[int, ...]]
-    precision: Precision
+    recipe: Recipe
     overrides: Mapping[str, Storage]
     meter: Meter
+    chosen: ChosenWeights | None = None
 
 
 class ModelWriter(GraphWriter):
@@ -71,7 +73,7 @@ class ModelWriter(GraphWriter):
 
     def storage(self, name: str) -> Storage:
         """How the recipe stores a weight."""
-        return self._source.overrides.get(name) or storage_of(name, self.shape(name), self._source.precision)
+        return self._source.overrides.get(name) or storage_of(name, self.shape(name), self._source.recipe)
 
     def vector(self, name: str) -> str:
         """Add a norm's or bias's weight -> its initializer."""
@@ -121,9 +123,12 @@ class ModelWriter(GraphWriter):
 
         def parts() -> Iterator[Bytes]:
             for name, count in zip(names, rows, strict=True):
+                chosen, first = self._chosen_scales(name), 0
                 for chunk in self.chunks(name, -(-count * columns // CHUNK_VALUES)):
-                    packed = pack(chunk, bits, block)
+                    mine = None if chosen is None else chosen[first : first + len(chunk)]
+                    packed = pack(chunk, bits, block, mine)
                     scales.append(packed.scales)
+                    first += len(chunk)
                     yield packed.data
 
         shape = [sum(rows), blocks * blob] if flat else [sum(rows), blocks, blob]
@@ -144,6 +149,10 @@ class ModelWriter(GraphWriter):
             )
             first += count
         return data_name, scale_name
+
+    def _chosen_scales(self, name: str) -> Floats | None:
+        chosen = self._source.chosen
+        return chosen.coded(name).scales.numpy() if chosen is not None and name in chosen else None
 
     def float_tensor(self, names: list[str], storage: Storage, transpose: bool = False) -> str:
         """Add weights as float32 or float16, side by side when there are several -> the name of their float32 value."""

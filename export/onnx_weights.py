@@ -50,14 +50,18 @@ def block_size_of(group_size: int | None, columns: int) -> int:
     return block
 
 
-def pack(weight: Floats, bits: int, block_size: int) -> Packed:
-    """Quantize [N, K] block by block, symmetric."""
+def pack(weight: Floats, bits: int, block_size: int, chosen: Floats | None = None) -> Packed:
+    """Quantize [N, K] block by block, symmetric.
+
+    Args:
+        chosen: scales [N, blocks] to round to nearest with; None: the ones that fit best.
+    """
     rows, columns = weight.shape
     blocks = -(-columns // block_size)
     padded = np.pad(weight, ((0, 0), (0, blocks * block_size - columns)))
     groups = padded.reshape(rows, blocks, block_size)  # [N, blocks, block]
     half = 1 << (bits - 1)
-    scales = _scales(groups, half)  # [N, blocks, 1]
+    scales = _scales(groups, half) if chosen is None else chosen[..., None]  # [N, blocks, 1]
     levels = (_levels(groups, scales, half) + half).astype(np.uint8)  # [N, blocks, block]
     data: Bytes = levels if bits == 8 else (levels[..., 0::2] | (levels[..., 1::2] << 4)).astype(np.uint8)
     return Packed(data, scales[..., 0], bits, block_size, columns)

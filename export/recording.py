@@ -27,7 +27,7 @@ class Recorded:
 
     Attributes:
         activation_error: what rounding activations as the kernels do moves, on top of the stored weights.
-        rounding_error: what plain rounding of the weights to nearest at the recipe's widths moves.
+        rounding_error: what rounding of the weights at the recipe's widths moves: plain, or as the codes were chosen.
     """
 
     cases: str

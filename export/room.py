@@ -14,7 +14,7 @@ import psutil
 from bundle.errors import UsageError
 from bundle.golden import GREEDY_TOKENS
 from bundle.manifest import ModelShape, Precision, Target
-from export.recipe import storage_of
+from export.recipe import Recipe, storage_of
 
 GIB = 1 << 30
 FLOAT_BYTES, SCALE_BYTES = 4, 4
@@ -33,22 +33,25 @@ STREAMED: tuple[Target, ...] = ("onnx", "executorch", "coreml")
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def file_bytes(shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> int:
+def file_bytes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe | Precision) -> int:
     """Bytes of all graphs' weights."""
-    return sum(_stored_bytes(name, shape, precision) for name, shape in shapes.items())
+    return sum(_stored_bytes(name, shape, recipe) for name, shape in shapes.items())
 
 
-def _stored_bytes(name: str, shape: tuple[int, ...], precision: Precision) -> int:
-    storage, values = storage_of(name, shape, precision), math.prod(shape)
+def _stored_bytes(name: str, shape: tuple[int, ...], recipe: Recipe | Precision) -> int:
+    storage, values = storage_of(name, shape, recipe), math.prod(shape)
     scales = values / (storage.group_size or CHANNEL_BLOCK) * SCALE_BYTES if storage.bits in (4, 8) else 0
     return int(values * storage.bits / 8 + scales)
 
 
-def disk_needed(shapes: Mapping[str, tuple[int, ...]], precision: Precision, questions: int, vocabulary: int) -> int:
+def disk_needed(
+    shapes: Mapping[str, tuple[int, ...]], recipe: Recipe | Precision, questions: int, vocabulary: int
+) -> int:
     """Bytes that the bundle takes."""
     logits = questions * (GREEDY_TOKENS + 1) * vocabulary * FLOAT_BYTES
+    precision = recipe.precision if isinstance(recipe, Recipe) else recipe
     sets = 1 if precision == "fp32" else 2  # of golden vectors: the checkpoint's, and those of the stored weights
-    return file_bytes(shapes, precision) + sets * logits + SPARE_DISK_BYTES
+    return file_bytes(shapes, recipe) + sets * logits + SPARE_DISK_BYTES
 
 
 def scratch_bytes(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -60,7 +63,7 @@ def scratch_bytes(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def memory_needed(
-    target: Target, shapes: Mapping[str, tuple[int, ...]], precision: Precision, model: ModelShape
+    target: Target, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe | Precision, model: ModelShape
 ) -> int:
     """Bytes that a streamed export takes at its peak: conversion, the replay, or the largest parts as float32."""
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.context_length * FLOAT_BYTES
@@ -71,7 +74,7 @@ def memory_needed(
         values = sum(math.prod(shape) for shape in shapes.values())
         converting = CONVERTED_BYTES * values + COPIES_BYTES * table
         return PROCESS_BYTES + max(converting, FLOAT_BYTES * values + cache, recording)
-    replay = int(SESSION_PER_FILE_BYTE * file_bytes(shapes, precision)) + cache
+    replay = int(SESSION_PER_FILE_BYTE * file_bytes(shapes, recipe)) + cache
     return PROCESS_BYTES + max(replay, recording)
 
 
@@ -79,16 +82,21 @@ def check_room(
     target: Target,
     output: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    precision: Precision,
+    recipe: Recipe,
     model: ModelShape,
     questions: int,
+    codes: bool = False,
 ) -> None:
     """Refuse an export that this machine cannot finish.
+
+    Args:
+        codes: chosen codes, a byte a weight, lie in the work folder meanwhile.
 
     Raises:
         UsageError: too little disk or memory, with both numbers.
     """
-    disk, scratch = disk_needed(shapes, precision, questions, model.vocab_size), scratch_bytes(target, shapes)
+    disk, scratch = disk_needed(shapes, recipe, questions, model.vocab_size), scratch_bytes(target, shapes)
+    disk += sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2) if codes else 0
     free = free_disk_bytes(output.parent)
     if free < disk + scratch:
         more = f" and its conversion {scratch / GIB:.1f} GiB more" if scratch else ""
@@ -98,7 +106,7 @@ def check_room(
         )
     if target not in STREAMED:
         return
-    memory, available = memory_needed(target, shapes, precision, model), available_memory_bytes()
+    memory, available = memory_needed(target, shapes, recipe, model), available_memory_bytes()
     if available < memory:
         raise UsageError(
             f"the export takes about {memory / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are available; close "

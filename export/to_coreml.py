@@ -11,7 +11,7 @@ from bundle.manifest import Graph, GraphName, GraphQuantization
 from export.contract import ExportedGraphs, ExportRequest
 from export.coreml_ane_modules import refuse_for_engine
 from export.coreml_checks import Budget, check_package
-from export.coreml_compress import Packed, pack
+from export.coreml_compress import Packed, pack, stored_codes
 from export.coreml_convert import Converted, convert, flat_name, load_coremltools
 from export.coreml_fill import write_package
 from export.coreml_hollow import hollow
@@ -64,7 +64,13 @@ class GraphExporter:
         self.shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
         model, self._placeholders = hollow(request.vlm.config, self._weights)
         self.wanted = Wanted(model, request.precision, request.context_length)
-        self._plan = StoragePlan("coreml", request.precision, request.coreml.storages(self.shapes, request.precision))
+        self._plan = StoragePlan(
+            "coreml",
+            request.precision,
+            request.coreml.storages(self.shapes, request.precision),
+            request.own_recipe,
+            request.chosen,
+        )
 
     def export(self, name: GraphName) -> tuple[Graph, GraphQuantization, dict[str, tuple[Held, ...]]]:
         """Write one package, or take over what a killed run finished; the last value says where its weights lie."""
@@ -120,7 +126,12 @@ class GraphExporter:
         def load(constant: str, shape: tuple[int, ...]) -> Packed:
             parameter = matrices[constant]
             source = sources[parameter]
-            packed = pack(source.stored(self._weights[source.name]), shape, storages[parameter])
+            chosen = request.chosen
+            if chosen is not None and source.name in chosen:
+                coded = chosen.coded(source.name)
+                packed = stored_codes(source.stored(coded.codes), source.stored(coded.scales), shape)
+            else:
+                packed = pack(source.stored(self._weights[source.name]), shape, storages[parameter])
             meter.advance(math.prod(shape))
             return packed
 

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision, Tensor
 from export.contract import ExportedGraphs, ExportRequest, JoinedWeights, LazyWeights
 from export.dequantized import StoragePlan
+from export.described import described
 from export.executorch_lower import backend_of, load_operators, lower, partitioners_of, traced
 from export.executorch_merge import merge
 from export.executorch_modules import TextDecoder, TokenEmbedding, VisionEncoder
@@ -26,7 +27,7 @@ from export.executorch_quantize import QuantizedAgain, WeightSource, empty_twin,
 from export.executorch_stored import Stored, StoredWeights
 from export.graph_weights import graph_of
 from export.meter import Meter, waiting
-from export.recipe import fallbacks
+from export.recipe import RECIPES, fallbacks
 from export.room import release_free_memory
 from export.shape import model_shape
 
@@ -112,7 +113,13 @@ def source_of(request: ExportRequest, name: GraphName) -> WeightSource:
     values = sum(math.prod(shape) for key, shape in shapes.items() if graph_of(key, vlm) == name)
     return WeightSource(
         weights=vlm.state_dict() if request.weights is None else request.weights,
-        plan=StoragePlan("executorch", request.precision, request.executorch.storages(shapes, request.precision)),
+        plan=StoragePlan(
+            "executorch",
+            request.precision,
+            request.executorch.storages(shapes, request.precision),
+            request.own_recipe,
+            request.chosen,
+        ),
         dynamic=_is_readable(request, name),
         meter=Meter(f"{name.replace('_', ' ')}: weights quantized", values, request.progress),
     )
@@ -177,12 +184,21 @@ def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     """The table's row, with the number of decoder matrices whose width the group does not divide."""
     row = QUANTIZATION[request.precision] | {"vision_encoder": _vision(request)}
     shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
-    odd = fallbacks(shapes, request.precision)
+    if request.recipe != RECIPES[request.precision]:
+        return {name: _mixed(request, name, row[name].activations) for name in row}
+    odd = fallbacks(shapes, request.recipe)
     if odd:
         decoder = row["text_decoder"]
         weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"
         row["text_decoder"] = decoder.model_copy(update={"weights": weights})
     return row
+
+
+def _mixed(request: ExportRequest, graph: GraphName, activations: str) -> GraphQuantization:
+    plan = source_of(request, graph).plan
+    shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
+    mine = [name for name in shapes if graph_of(name, request.vlm) == graph]
+    return described([plan.storage(name, shapes[name]) for name in mine], activations)
 
 
 def _vision(request: ExportRequest) -> GraphQuantization:

@@ -6,13 +6,14 @@ What onnxruntime-genai needs to open the same files is written beside them (expo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from pydantic import TypeAdapter
 
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision
 from export.contract import INT4_GROUP, ExportedGraphs, ExportRequest
+from export.described import described
 from export.graph_weights import graph_of
 from export.meter import Meter
 from export.onnx_decoder import write_decoder, write_embedding
@@ -21,7 +22,7 @@ from export.onnx_linear import ModelWriter, WeightSource
 from export.onnx_stored import Stored, StoredWeights
 from export.onnx_vision import write_vision_encoder
 from export.onnx_weights import CHANNEL_BLOCK
-from export.recipe import fallbacks
+from export.recipe import RECIPES, fallbacks, storage_of
 
 FOLDER = "onnx"
 SUFFIX: dict[Precision, str] = {"int4": "_q4", "int8": "_quantized", "fp16": "_fp16", "fp32": ""}
@@ -46,9 +47,10 @@ def export_onnx(request: ExportRequest) -> ExportedGraphs:
     source = WeightSource(
         weights=vlm.state_dict() if request.weights is None else request.weights,
         shapes=shapes,
-        precision=precision,
+        recipe=request.recipe,
         overrides=request.onnx.storages,
         meter=Meter("weights written", values, request.progress),
+        chosen=request.chosen,
     )
     for name, write in todo.items():
         writer = ModelWriter(request.output / paths[name], source)
@@ -121,9 +123,20 @@ def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     if request.onnx.int4_embedding:
         row["token_embedding"] = TABLE_4
     shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
-    odd = fallbacks(shapes, request.precision)
+    if request.recipe != RECIPES[request.precision]:
+        return {name: _mixed(request, name, shapes) for name in row}
+    odd = fallbacks(shapes, request.recipe)
     if odd:
         decoder = row["text_decoder"]
         weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"
         row["text_decoder"] = decoder.model_copy(update={"weights": weights})
     return row
+
+
+def _mixed(request: ExportRequest, graph: GraphName, shapes: Mapping[str, tuple[int, ...]]) -> GraphQuantization:
+    storages = [
+        request.onnx.storages.get(name) or storage_of(name, shape, request.recipe)
+        for name, shape in shapes.items()
+        if graph_of(name, request.vlm) == graph
+    ]
+    return described(storages, QUANTIZATION[request.precision][graph].activations, CHANNEL_BLOCK)

@@ -80,8 +80,8 @@ def work_folder(output: Path, job: Mapping[str, Any], progress: Callable[[str], 
             shutil.rmtree(work, ignore_errors=True)
             raise
         except BaseException:
-            if folder.kept_files:
-                progress(f"stopped; finished graphs are kept in {work}: the same command goes on from there")
+            if any(folder.notes.iterdir()):
+                progress(f"stopped; what is finished is kept in {work}: the same command goes on from there")
             else:
                 shutil.rmtree(work, ignore_errors=True)
             raise

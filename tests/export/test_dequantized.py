@@ -11,7 +11,7 @@ from bundle.errors import VerificationError
 from export.contract import EMBEDDING, LazyWeights, OnnxOptions
 from export.dequantized import CHUNK_VALUES, RoundedWeights, StoragePlan, check_stored, rounded
 from export.onnx_weights import pack, unpack
-from export.recipe import Storage
+from export.recipe import RECIPES, Storage
 from export.streamed_model import LoadedModel
 from tests.export.models import random_vlm
 
@@ -28,10 +28,12 @@ def test_rounding_known_answers() -> None:
 
 
 def test_what_a_target_stores_otherwise_than_the_recipe() -> None:
-    onnx = StoragePlan("onnx", "int4")
+    onnx, head4 = StoragePlan("onnx", "int4"), StoragePlan("onnx", "int4", recipe=RECIPES["int4-head4"])
     for name in ("lm_head.weight", UP, EMBEDDING):
         assert StoragePlan("executorch", "int4").storage(name, (512, 64)) == onnx.storage(name, (512, 64))
     assert onnx.storage("lm_head.weight", (512, 64)) == Storage(8, None)
+    assert head4.storage("lm_head.weight", (512, 64)) == Storage(4, 32)
+    assert head4.storage("lm_head.weight", (512, 80)) == Storage(8, None), "32 does not divide"
     norm = "language_model.norm.weight"
     assert StoragePlan("coreml", "int4").storage(norm, (64,)) == Storage(16, None)
     assert onnx.storage(norm, (64,)) == StoragePlan("coreml", "fp32").storage(norm, (64,)) == Storage(32, None)

@@ -41,6 +41,15 @@ def test_int4_comes_in_groups_and_int8_per_channel() -> None:
     assert storage_of("lm_head.weight", (32000, 2048), "int4") == Storage(8, None)
 
 
+def test_head4_is_int4_but_for_the_head() -> None:
+    head4, int4 = RECIPES["int4-head4"], RECIPES["int4"]
+    changed = {
+        name for name, shape in SHAPES.items() if storage_of(name, shape, head4) != storage_of(name, shape, int4)
+    }
+    assert changed == {"lm_head.weight"}
+    assert storage_of("lm_head.weight", (512, 64), head4) == Storage(4, 32)
+
+
 def test_a_width_that_the_group_does_not_divide_falls_back_and_is_listed() -> None:
     name = "language_model.layers.0.self_attn.o_proj.weight"
     assert storage_of(name, (80, 80), "int4") == Storage(8, None)
@@ -49,9 +58,10 @@ def test_a_width_that_the_group_does_not_divide_falls_back_and_is_listed() -> No
 
 
 def test_the_first_rule_wins_and_the_last_takes_everything() -> None:
-    for precision, rules in RECIPES.items():
-        assert rules[-1].pattern == ".*"
-        assert rule_of("something.else", precision) is rules[-1]
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name
+        assert recipe.rules[-1].pattern == ".*"
+        assert rule_of("something.else", recipe) is recipe.rules[-1]
 
 
 def test_int4_covers_nearly_all_bytes_of_the_decoder_of_a_real_checkpoint() -> None:
