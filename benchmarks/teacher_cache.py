@@ -32,8 +32,8 @@ from distill.models.processing import read_processing
 from distill.settings.recording import CacheConfig, CacheStorage
 from distill.settings.terms import DIVERGENCE_TERMS, TermWeights
 from distill.settings.training import DistillConfig
-from distill.teacher_cache.choice import CacheSearch
 from distill.teacher_cache.record import record
+from distill.teacher_cache.search import CacheSearch
 from distill.training.run import train
 from runtime_bench.device import local_device
 

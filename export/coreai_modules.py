@@ -23,6 +23,12 @@ class CoreAiVision(CoreMlVision):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return super().forward(pixel_values.to(self.vision_tower.embeddings.position_embedding.weight.dtype))
 
+    def embed_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """SigLIP's in two pieces: coreai-core 1.0.0b3 makes a bias and the positions that are added behind it one
+        constant, which is neither; it does not do so across a concatenation, which CLIP's class token is as well."""
+        embed = self.vision_tower.embeddings.patch_embedding
+        return embed(patches) if embed.bias is None else torch.cat((embed(patches[:, :1]), embed(patches[:, 1:])), 1)
+
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """LDPv2: features [1, P, D_v] -> [1, N, D]; the converter has no adaptive pooling to a single token."""
         hidden = self.projector.linear_2(F.gelu(self.projector.linear_1(features)))  # [1, P, D]

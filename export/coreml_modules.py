@@ -55,11 +55,15 @@ class CoreMlVision(nn.Module):
         size = grid * patch
         rows = pixel_values[0, :, :size, :size].reshape(3, grid, patch, grid, patch)
         patches = rows.permute(1, 3, 0, 2, 4).reshape(1, grid * grid, 3 * patch * patch)  # [1, P, 3*p*p]
-        tokens = embeddings.patch_embedding(patches)  # [1, P, D_v]
+        tokens = self.embed_patches(patches)  # [1, P, D_v]
         if not self.has_class_token:
             return tokens + embeddings.position_embedding.weight
         tokens = torch.cat((embeddings.class_embedding, tokens), 1)  # [1, P+1, D_v]
         return self.vision_tower.pre_layrnorm(tokens + embeddings.position_embedding.weight)
+
+    def embed_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """[1, P, 3*p*p] -> [1, P, D_v]."""
+        return self.vision_tower.embeddings.patch_embedding(patches)
 
     def attend(self, attention: Any, x: torch.Tensor) -> torch.Tensor:
         heads, positions = self.heads, self.positions

@@ -2,7 +2,7 @@
 
 ``Model(bundle)`` runs with pixels and ids handed over by ``Generator.set_inputs`` and ``append_tokens``: the model type
 "gemma3" is its plain image-text pipeline (vision graph, embedding graph, decoder) and asks for no image processor. The
-ids hold the image id, -200, once per visual token.
+ids hold the image id of the manifest's tokenizer once per visual token.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import VerificationError, missing_extra
+from bundle.staging import sha256_of
 
 PACKAGE, EXTRA = "coreai", "coreai"
 WHEELS = "it has wheels for Linux on x86-64 and for macOS 26 on arm64"
@@ -96,9 +97,7 @@ def open_asset(path: Path) -> Any:
     program, noted = path / PROGRAM_FILE, path / HASH_FILE
     if not program.is_file() or not noted.is_file():
         raise VerificationError(f"{path} is no Core AI asset: {PROGRAM_FILE} or {HASH_FILE} is missing")
-    with program.open("rb") as file:
-        found = sha256(file.read()).digest()
-    if found != noted.read_bytes():
+    if sha256_of(program) != noted.read_bytes().hex():
         raise VerificationError(
             f"{program} was changed: its sha256 is not that of {HASH_FILE}; export the bundle again"
         )

@@ -24,10 +24,10 @@ from distill.settings.recording import CacheStorage
 from distill.settings.training import DistillConfig
 from distill.teacher.open_teacher import DTYPES, chosen_processing
 from distill.teacher.view import TeacherShape
-from distill.teacher_cache.choice import asked_by, recorded_teacher
 from distill.teacher_cache.entries import entry_bytes
 from distill.teacher_cache.identity import processing_identity
 from distill.teacher_cache.parts import NEEDS, demands, stored_as
+from distill.teacher_cache.question import asked_by, recorded_teacher
 from distill.training.module import make_module
 from distill.training.parameter_groups import group_of, learning_rates
 

@@ -20,7 +20,7 @@ from distill.teacher.view import TeacherView
 def on_students_grid(view: TeacherView, tokens: int) -> TeacherView:
     """The view with ``tokens`` visual tokens per image, the student's number.
 
-    Indexes of recorded tokens are no shares of an area: a cache is of one grid, see ``distill.teacher_cache.choice``.
+    Indexes of recorded tokens are no shares of an area: a cache is of one grid, see ``distill.teacher_cache.search``.
     """
     groups = view.group_attention
     assert view.focus is None or view.visual is None or view.visual.shape[1] == tokens

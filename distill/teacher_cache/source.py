@@ -14,9 +14,9 @@ from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
 from distill.settings.recording import CacheConfig
 from distill.teacher.open_teacher import chosen_processing
-from distill.teacher_cache.choice import asked_by
 from distill.teacher_cache.identity import Identity, TeacherFacts, facts_of, processing_identity
 from distill.teacher_cache.parts import Asked, demands, features_demand, stored_as
+from distill.teacher_cache.question import asked_by
 
 ROW_INDEX = "rows"  # of the cache folder: where the data's rows lie
 

@@ -13,7 +13,6 @@ from distill.training.ranks import Ranks
 
 IMAGES_PER_BATCH = 32
 
-
 Features = dict[ImageSource, torch.Tensor]
 
 
@@ -61,7 +60,10 @@ def known_features(
 
 
 def everyones_features(mine: Features, ranks: Ranks, module: AlignKD) -> Features:
-    """The features of all processes' shares, a batch of images sent at a time; every process must ask."""
+    """The features of all processes' shares, sent a batch of images at a time; ``mine`` is emptied on the way.
+
+    Every process must ask.
+    """
     if ranks.count == 1:
         return mine
     device, shape = module.student.device, module.student.config.feature_shape
@@ -70,7 +72,7 @@ def everyones_features(mine: Features, ranks: Ranks, module: AlignKD) -> Feature
         for start in range(0, len(images), IMAGES_PER_BATCH):
             some = images[start : start + IMAGES_PER_BATCH]
             if source == ranks.index:
-                values = torch.stack([mine[image] for image in some])
+                values = torch.stack([mine.pop(image) for image in some])
             else:
                 values = torch.empty(len(some), *shape, dtype=module.student.dtype)
             features.update(zip(some, ranks.sent(values, source, device).unbind(), strict=True))  # [b, P, D_v]

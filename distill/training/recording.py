@@ -13,7 +13,7 @@ from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing
 from distill.settings.training import DistillConfig
 from distill.teacher_cache.cache import TeacherCache
-from distill.teacher_cache.choice import CacheSearch
+from distill.teacher_cache.search import CacheSearch
 from distill.training.ranks import Ranks
 
 

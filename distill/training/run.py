@@ -139,14 +139,15 @@ def _module_and_collator(
     if config.gradient_checkpointing:
         pair.student.language_model.activation_checkpointing_enable({"use_reentrant": False})
     budget = (config.cache_mb << 20) // (1 if same_pictures else 2)
-    teacher_images = None if same_pictures else ImageStore(pair.theirs.image, budget)
+    teacher_images: ImageStore | OtherRowsImages | None = None
+    if not same_pictures:
+        images = ImageStore(pair.theirs.image, budget)
+        teacher_images = OtherRowsImages(images, pair.dataset.rows) if config.shuffled_teacher else images
     collator = Collator(
         pair.processing.tokenizer.pad_id,
         ImageStore(pair.processing.image, budget),
         report_bad=True,
-        teacher_images=OtherRowsImages(teacher_images, pair.dataset.rows)
-        if teacher_images is not None and config.shuffled_teacher
-        else teacher_images,
+        teacher_images=teacher_images,
         recording=recording,
     )
     return module, collator

@@ -31,9 +31,9 @@ from distill.plan.plan import make_plan
 from distill.plan.report import plan_lines
 from distill.settings.recording import CacheConfig, CacheStorage
 from distill.settings.training import DistillConfig
-from distill.teacher_cache.choice import CacheSearch, Lacking
 from distill.teacher_cache.image_digests import ImageDigests
 from distill.teacher_cache.record import Recorded, record
+from distill.teacher_cache.search import CacheSearch, Lacking
 from distill.training.ranks import Ranks
 from distill.training.recording import find_recording
 from distill.training.run import train

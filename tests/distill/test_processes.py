@@ -116,13 +116,19 @@ def test_a_mistake_that_all_see_is_told_once(words: list[object], folder: Path, 
     assert lines[1] == []
 
 
-def test_an_image_that_one_process_cannot_read_ends_both(words: list[object], folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache_mb", [0, 64])  # it is met in the training loop; or before, in one process's share
+def test_an_image_that_one_process_cannot_read_ends_both(
+    words: list[object], folder: Path, tmp_path: Path, cache_mb: int
+) -> None:
     data = Path(str(words[5]))
     (data.parent / "images" / "5.png").write_bytes(b"\x89PNG broken")
-    processes = launch(launch_config("cpu_2_ddp"), [*words, "--output", tmp_path / "new", "--cache-mb", 0], folder)
+    processes = launch(
+        launch_config("cpu_2_ddp"), [*words, "--output", tmp_path / "new", "--cache-mb", cache_mb], folder
+    )
     codes = [one.end() for one in processes]
     said = [line for one in processes for line in one.err.read_text().splitlines() if line.startswith("error:")]
     assert 0 not in codes
-    assert len(said) == 1 and "of 2: row" in said[0] and "5.png" in said[0]
+    assert len(said) == 1 and "row 5: image" in said[0] and "5.png" in said[0]
+    assert ("of 2: row" in said[0]) == (cache_mb == 0)
     assert "Traceback" not in "".join(one.err.read_text() for one in processes)
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.work").exists()

@@ -34,11 +34,12 @@ from distill.models.processing import read_processing
 from distill.settings.recording import CacheConfig, CacheStorage
 from distill.settings.terms import DIVERGENCE_TERMS, TermSettings, TermWeights
 from distill.settings.training import DistillConfig
-from distill.teacher_cache.choice import CacheSearch, recording_command
 from distill.teacher_cache.identity import checkpoint_sha256
 from distill.teacher_cache.image_digests import ImageDigests
 from distill.teacher_cache.parts import NEEDS
+from distill.teacher_cache.question import recording_command
 from distill.teacher_cache.record import Recorded, record
+from distill.teacher_cache.search import CacheSearch
 from distill.teacher_cache.shards import ShardReader, shard_faults
 from distill.training.run import train
 

@@ -23,6 +23,7 @@ from bundle.runtimes.coreml_interpreter import CoreMlInterpreter
 from bundle.runtimes.mil_graph import block_of, blocks_of
 from bundle.runtimes.mil_program import Rounding, open_programs
 from bundle.runtimes.mil_proto import DATA_FOLDER, MODEL_FILE, read_spec, weight_path
+from distill.models.checkpoint import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from export.contract import CoreMlOptions, ExportedGraphs, ExportRequest
 from export.coreml_ane_checks import check_engine_rules
@@ -31,6 +32,8 @@ from export.coreml_convert import load_coremltools
 from export.coreml_weights import Package
 from export.shape import model_shape
 from export.to_coreml import export_coreml
+from tests.export.conftest import STUDENT, Command
+from tests.export.hf_checkpoints import KINDS, write_checkpoint
 from tests.export.models import random_vlm
 from tests.export.test_coreml import torch_logits
 
@@ -173,6 +176,23 @@ def test_vision_module_equals_the_model(patch: int) -> None:
         assert relative_error(AneVision(vlm)(pixels).numpy(), vlm.encode_images(pixels).numpy()) < 1e-5
 
 
+@pytest.mark.parametrize("text,tower", KINDS)
+def test_modules_of_the_llava_family_equal_the_model(text: str, tower: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, text, tower)
+    vlm = load_vlm(tmp_path)
+    shape, size = model_shape(vlm, 32), vlm.config.vision_config.image_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(5))
+    rows = torch.randn(1, 8, shape.hidden_size, generator=torch.Generator().manual_seed(6))
+    cos, sin = vlm.language_model.rotary_emb(torch.zeros(1), torch.arange(8)[None])
+    mask = torch.nn.functional.pad(torch.from_numpy(causal_mask(0, 8)), (0, 24), value=-1e4)
+    last = torch.nn.functional.one_hot(torch.tensor([[[7]]]), 8).float()
+    inputs = (rows, torch.tensor([0], dtype=torch.int32), cos[None], sin[None], mask, last)
+    with torch.no_grad():
+        assert relative_error(AneVision(vlm)(pixels).numpy(), vlm.encode_images(pixels).numpy()) < 1e-5
+        logits = AneDecoder(vlm, 32, 8)(*inputs)
+    assert relative_error(logits[0, 0].numpy(), torch_logits(vlm, rows)[-1]) < 1e-5
+
+
 # --- how they are stored ---
 
 
@@ -313,6 +333,21 @@ def test_what_the_engine_does_not_take_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="activation 'gelu' of the decoder is not supported; supported: silu"):
         export_coreml(request(vlm, tmp_path))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("--target", "onnx", "--int4"), "--engine is for --target coreml, not --target onnx; leave it out"),
+        (("--target", "coreml", "--fp32"), "--engine ane computes in float16 and not at --fp32; use --fp16"),
+        (("--target", "coreml", "--int4"), "--engine ane: the decoder's heads are 16 wide"),
+    ],
+)
+def test_a_wrong_engine_is_one_line(
+    arguments: tuple[str, ...], message: str, run_export: Command, tmp_path: Path
+) -> None:
+    ran = run_export(STUDENT, *arguments, "--engine", "ane", "--output", tmp_path / "out")
+    assert ran.code == 2 and message in ran.error and list(tmp_path.iterdir()) == []
 
 
 # --- Core ML itself, against a stand-in for coremltools' MLModel ---

@@ -14,6 +14,7 @@ import torch
 
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
+from export.coreai_modules import CoreAiVision
 from export.coreml_modules import CoreMlDecoder, CoreMlVision
 from export.executorch_modules import TextDecoder, VisionEncoder
 from tests.export.hf_checkpoints import KINDS, SIZE, VARIANTS, write_checkpoint
@@ -44,7 +45,7 @@ def rows_and_logits(vlm: MobileVlm) -> tuple[torch.Tensor, torch.Tensor]:
 def test_vision_encoders(vlm: MobileVlm) -> None:
     pixels = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     wanted = vlm.encode_images(pixels)
-    for module in (VisionEncoder(vlm), CoreMlVision(vlm)):
+    for module in (VisionEncoder(vlm), CoreMlVision(vlm), CoreAiVision(vlm)):
         torch.testing.assert_close(module(pixels), wanted, atol=2e-5, rtol=2e-5)
 
 
