@@ -106,7 +106,7 @@ def _bundle(path: Path, manifest: Manifest) -> Contestant:
 
     def belonging(*names: str) -> list[Path]:
         # graph.onnx, graph.onnx_data and the files of a package belong to the graph
-        stems = tuple(str(path / graphs[name]) for name in names)  # type: ignore[index]
+        stems = tuple(str(path / graphs[name]) for name in names)
         return [file for file in files if str(file).startswith(stems)]
 
     text, vision = belonging("token_embedding", "text_decoder"), belonging("vision_encoder")

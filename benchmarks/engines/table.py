@@ -59,8 +59,8 @@ def medians(samples: Sequence[Sample], work: Work, threads: int) -> Medians:
 
 
 def file_megabytes(contestant: Contestant) -> dict[str, float]:
-    """Size of each part's files."""
-    return {part: sum(p.stat().st_size for p in files) / MEGABYTE for part, files in contestant.files.items()}
+    """Size of each part's files; where one file holds all, it counts as text's."""
+    return {part: sum(p.stat().st_size for p in files) / MEGABYTE for part, files in contestant.files.items() if files}
 
 
 def best(found: Medians, labels: Sequence[str], quantity: str) -> float | None:

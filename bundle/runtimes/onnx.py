@@ -89,6 +89,8 @@ class OnnxRuntime:
         self._position = 0
         self._prefix = read_rows(bundle, manifest)
         self._cache: dict[str, CacheRows] = {}
+        self._binding: Any = None  # of the decoder, where it is open
+        self._logits: Any = None
         if "text_decoder" in self._sessions:
             self._binding = self._sessions["text_decoder"].io_binding()
             self._bind_cache(np.dtype(_cache_type(manifest)))
@@ -145,4 +147,6 @@ class OnnxRuntime:
         return {name: cache[:, :, : self._position].copy() for name, cache in self._cache.items()}
 
     def close(self) -> None:
-        del self._binding, self._logits, self._sessions, self._cache
+        self._binding = self._logits = None  # first, for they point into the others' memory
+        self._sessions.clear()
+        self._cache.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,3 +129,13 @@ def test_options_where_they_do_not_belong(
     ran = run_export(STUDENT, *arguments, "--output", tmp_path / "out")
     assert ran.code == 2 and list(tmp_path.iterdir()) == []
     assert f"{flag} is for --target onnx {allowed}" in ran.error
+
+
+def test_only_the_graphs_that_the_manifest_names_are_opened(tmp_path: Path) -> None:
+    graphs = written(tmp_path / "b", OnnxOptions())
+    vision = {"vision_encoder": graphs.graphs["vision_encoder"]}
+    runtime = opened(tmp_path / "b", replace(graphs, graphs=vision))
+    assert runtime.encode_image(np.zeros((1, 3, 96, 96), np.float32)).shape == (1, 9, 64)
+    with pytest.raises(KeyError, match="token_embedding"):
+        runtime.embed(np.array([[1]]))
+    runtime.close()
