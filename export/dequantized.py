@@ -1,9 +1,9 @@
 """Weights that the files hold, and the checkpoint's -> nothing, or the first value that rounding does not explain.
 
 Each target has its own way back from its files: our packer's inverse over the ONNX data file, levels and scales of the
-.pte for ExecuTorch, the decompressed constants of weight.bin for Core ML. What comes back is held against the checkpoint
-here by one rule for all of them, which knows nothing of packing: how far rounding to nearest at the recipe's width can
-move a value. A scale of the wrong block, a transposed or shifted matrix cannot pass.
+.pte for ExecuTorch, the decompressed constants of weight.bin for Core ML. What comes back is held here against the
+checkpoint by one rule for all of them, which knows nothing of packing: how far rounding to nearest at the recipe's
+width can move a value. A scale of the wrong block, a transposed or shifted matrix cannot pass.
 """
 
 from __future__ import annotations

@@ -63,6 +63,9 @@ def test_a_1_7b_model_at_int4_fits_into_8_gb() -> None:
     cache = 2 * 24 * 2048 * 1024 * 4
     assert room.memory_needed(shapes, "int4", longer) - room.memory_needed(shapes, "int4", model) == cache
     assert room.memory_needed(shapes, "fp32", model) > 8 * GIB
+    lowered = room.memory_needed(shapes, "int4", model, "executorch")
+    assert 7.0e9 < lowered < 7.3e9, "7.07 GB were measured"
+    assert lowered < room.memory_needed(shapes, "int8", model, "executorch")
 
 
 def refused(run_export: Command, tmp_path: Path) -> str:
