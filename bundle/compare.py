@@ -21,7 +21,7 @@ from bundle.manifest import Manifest, check_files, read_manifest
 from bundle.prompt import build_prompt, splice, text_ids
 from bundle.replay import relative_error
 from bundle.runtimes.contract import Floats, Runtime
-from bundle.runtimes.registry import first_entry
+from bundle.runtimes.registry import open_runtime
 from bundle.tokenizer import Tokenizer, open_tokenizer
 
 
@@ -40,7 +40,7 @@ class _Side:
     def __init__(self, bundle: Path, manifest: Manifest, runtime: str | None) -> None:
         self.manifest = manifest
         self.tokenizer: Tokenizer = open_tokenizer(manifest.tokenizer, bundle)
-        self.runtime: Runtime = first_entry(manifest.target, runtime).load().open_runtime(bundle, manifest, None)
+        self.runtime: Runtime = open_runtime(bundle, manifest, None, runtime)
 
     def inputs(self, question: Question) -> _Inputs:
         spec, manifest = self.manifest.tokenizer, self.manifest

@@ -80,6 +80,21 @@ def lower(
     )
     with path.open("wb") as file:
         whole.write_to_file(file)
+    _let_go(program, edge.exported_program(name), whole.exported_program(name))
+
+
+def _let_go(*programs: torch.export.ExportedProgram) -> None:
+    """Take the weights out of programs that are written: torch's caches of traced shapes hold on to whole graphs."""
+    from executorch.exir.lowered_backend_module import LoweredBackendModule
+
+    for program in programs:
+        for module in program.graph_module.modules():
+            if isinstance(module, LoweredBackendModule):
+                module._processed_bytes = b""
+                module._named_data_store_output = None
+                _let_go(module._original_exported_program)
+        program.state_dict.clear()
+        program.constants.clear()
 
 
 def backend_of(name: GraphName, asked: Backend) -> Backend | None:

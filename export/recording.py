@@ -17,7 +17,7 @@ from export.dequantized import RoundedWeights, StoragePlan, check_stored
 from export.golden_lockstep import forced_errors_together, golden_work, run_forced_together, run_stages_together
 from export.golden_record import Outputs, Probe, golden_case, golden_vectors
 from export.meter import Meter
-from export.rounding import rounded_activations
+from export.rounding import ROUNDINGS, rounded_activations
 from export.streamed_model import LoadedModel
 
 
@@ -26,7 +26,8 @@ class Recorded:
     """The written golden folder.
 
     Attributes:
-        activation_error: what rounding activations as the kernels do moves, on top of the stored weights.
+        activation_error: what rounding activations as the kernels do moves, on top of the stored weights; the most of
+            several ways to round.
         rounding_error: what rounding of the weights at the recipe's widths moves: plain, or as the codes were chosen.
     """
 
@@ -63,7 +64,9 @@ def record(
     Raises:
         VerificationError: a weight is too far from the checkpoint's to be its rounding.
     """
-    advance = Meter("golden vectors", golden_work(model.vlm, questions, 1, 3 if dequantized else 1), progress).advance
+    roundings = ROUNDINGS[SIMULATED[KERNELS[plan.target][plan.precision]]]
+    forced_rounds = len(roundings) + (2 if dequantized else 0)
+    advance = Meter("golden vectors", golden_work(model.vlm, questions, 1, forced_rounds), progress).advance
     in_float = run_stages_together(model, questions, advance)
     sets: dict[VectorSet, Sequence[Outputs]] = {"float": in_float}
     stored = in_float
@@ -76,8 +79,11 @@ def record(
         model.use(dequantized)
         stored = run_forced_together(model, questions, [out.fed_ids for out in in_float], advance)
         sets["dequantized"] = stored
-    with rounded_activations(model.vlm, SIMULATED[KERNELS[plan.target][plan.precision]]):
-        activation_error = forced_errors_together(model, questions, stored, advance)
+    activation_error: dict[Stage, float] = {}
+    for rounding in roundings:
+        with rounded_activations(model.vlm, rounding):
+            found = forced_errors_together(model, questions, stored, advance)
+        activation_error = {stage: max(error, activation_error.get(stage, 0.0)) for stage, error in found.items()}
     model.use({})
     files = write_golden(
         folder,

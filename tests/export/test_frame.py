@@ -15,7 +15,7 @@ from bundle.tokenizer import open_tokenizer
 from distill.models.checkpoint import load_vlm
 from distill.models.processing import read_processing
 from export.golden_record import picture, probes
-from export.rounding import int8_per_token, rounded_activations
+from export.rounding import as_it_is, int8_per_block, int8_per_token, int8_with_zero_point, rounded_activations
 from tests.export.conftest import STUDENT, Exported
 from tests.export.models import random_vlm
 from tests.export.one_by_one import forced_errors, run_forced, run_stages
@@ -107,6 +107,13 @@ def test_forced_decoding_in_one_pass_equals_decoding_with_a_cache() -> None:
 def test_rounding_known_answers() -> None:
     rows = torch.tensor([[127.0, -63.6, 0.4], [0.0, 0.0, 0.0]])
     assert int8_per_token(rows).tolist() == [[127.0, -64.0, 0.0], [0.0, 0.0, 0.0]]
+    assert int8_with_zero_point(torch.tensor([[-50.0, 205.0, 100.4], [3.0, 2.55, 0.004]])).tolist() == [
+        [-50.0, 205.0, 100.0],
+        pytest.approx([3.0, 2.5529, 0.0], abs=1e-4),
+    ]
+    two_blocks = torch.cat([torch.full((32,), 0.25), torch.tensor([127.0, 0.6])])
+    assert int8_per_block(two_blocks).tolist() == [0.25] * 32 + [127.0, 1.0]
+    assert int8_per_token(two_blocks).tolist() == [0.0] * 32 + [127.0, 1.0]
 
 
 def test_rounded_activations_end_with_their_block() -> None:
@@ -114,9 +121,9 @@ def test_rounded_activations_end_with_their_block() -> None:
     pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = vlm.encode_images(pixels)
-        with rounded_activations(vlm, "int8"):
+        with rounded_activations(vlm, int8_per_token):
             rounded = vlm.encode_images(pixels)
-        with rounded_activations(vlm, "float32"):
+        with rounded_activations(vlm, as_it_is):
             untouched = vlm.encode_images(pixels)
         after = vlm.encode_images(pixels)
     assert 1e-4 < relative_error(rounded.numpy(), before.numpy()) < 5e-2

@@ -65,6 +65,9 @@ def test_a_1_7b_model_at_int4_fits_into_8_gb() -> None:
         room.memory_needed("onnx", shapes, "int4", longer) - room.memory_needed("onnx", shapes, "int4", model) == cache
     )
     assert room.memory_needed("onnx", shapes, "fp32", model) > 8 * GIB
+    lowered = room.memory_needed("executorch", shapes, "int4", model)
+    assert 7.0e9 < lowered < 7.3e9, "7.07 GB were measured"
+    assert lowered < room.memory_needed("executorch", shapes, "int8", model)
 
     assert 6 * GIB < room.memory_needed("coreml", shapes, "int4", model) < 10 * GIB
     assert room.scratch_bytes("onnx", shapes) == 0
