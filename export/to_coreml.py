@@ -13,7 +13,7 @@ from export.coreml_ane_modules import refuse_for_engine
 from export.coreml_checks import Budget, check_package
 from export.coreml_compress import Packed, pack, stored_codes
 from export.coreml_convert import Converted, convert, flat_name, load_coremltools
-from export.coreml_fill import write_package
+from export.coreml_fill import MAIN, write_package
 from export.coreml_hollow import hollow
 from export.coreml_parts import PARTS, Part, Wanted, runner_notes, with_rows
 from export.coreml_weights import Held, PackageWeights, check_weights
@@ -60,7 +60,8 @@ class GraphExporter:
 
     def __init__(self, request: ExportRequest) -> None:
         self._request = request
-        self._weights: Mapping[str, torch.Tensor] = request.weights or request.vlm.state_dict()
+        streamed = request.weights
+        self._weights: Mapping[str, torch.Tensor] = request.vlm.state_dict() if streamed is None else streamed
         self.shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
         model, self._placeholders = hollow(request.vlm.config, self._weights)
         self.wanted = Wanted(model, request.precision, request.context_length)
@@ -110,7 +111,8 @@ class GraphExporter:
         }
         converted: dict[str, Converted] = {}
         for function, one in part.functions.items():
-            request.progress(f"{name.replace('_', ' ')}: converting {function}")
+            of_several = "" if function == MAIN else f" function '{function}'"
+            request.progress(f"{name.replace('_', ' ')}: converting the graph{of_several}")
             converted[function] = convert(
                 one.module,
                 one.example,
