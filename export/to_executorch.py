@@ -52,13 +52,13 @@ def export_executorch(request: ExportRequest) -> ExportedGraphs:
         for name in GRAPHS:
             if name not in finished:
                 stored |= write_part(request, name)
-        parts = [request.output / _part(name) for name in GRAPHS]
-        merge(parts, whole)
+        merge([request.output / _part(name) for name in GRAPHS], whole)
+    if [note["file"] for note in finished.values()] != [FILE] * len(GRAPHS):  # or a kill between two of these notes
         for name in GRAPHS:
             own = {key: record for key, record in stored.items() if graph_of(key, request.vlm) == name}
             _finish(request, name, FILE, own)
-        for part in parts:
-            part.unlink()
+        for name in GRAPHS:
+            (request.output / _part(name)).unlink(missing_ok=True)
         request.progress(f"{FILE} written")
     return ExportedGraphs(_graphs(request), _quantization(request), _held(request, whole, stored))
 
