@@ -63,16 +63,14 @@ def test_weights_that_were_packed_wrongly_are_named(
     assert f"stage '{stage}', kind quantization" in str(refused.value) and f"'{name}'" in str(refused.value)
 
 
-def test_one_altered_group_scale_in_the_file(
-    copied: tuple[Path, Manifest], graphs: tuple[Path, ExportedGraphs]
-) -> None:
+def test_one_altered_scale_in_the_file(copied: tuple[Path, Manifest], graphs: tuple[Path, ExportedGraphs]) -> None:
     path = copied[0] / copied[1].graphs["text_decoder"].path
     content = bytearray(path.read_bytes())
-    # scales of the head: as many bfloat16 as it has groups; six more in the exponent are 64 times the scale
-    size = ladder.VOCABULARY * 64 // 32 * 2
+    # scales of the int8 head: a float32 for each token; six more in the exponent are 64 times the scale
+    size = ladder.VOCABULARY * 4
     scales = [(key, part) for key, part in constants_of(path) if key.startswith("scale_") and len(part) == size]
-    assert len(scales) == 1, "one matrix of the model has as many groups"
-    at = bytes(content).index(bytes(scales[0][1]))
+    assert len(scales) == 1, "one matrix of the model has as many channels"
+    at = bytes(content).index(bytes(scales[0][1])) + 2  # of little-endian bytes, exponent and sign are the last two
     content[at : at + 2] = (int.from_bytes(content[at : at + 2], "little") + (6 << 7)).to_bytes(2, "little")
     path.write_bytes(content)
     verdict = ladder.judged(*copied)
