@@ -12,7 +12,7 @@ from export.quantize.sensitivity import Loss
 from export.recipe import Bits, Recipe, storage_of
 
 MB = 10**6
-SCALE_BYTES: dict[Target, int] = {"onnx": 4, "executorch": 2, "coreml": 2}
+SCALE_BYTES: dict[Target, int] = {"onnx": 4, "executorch": 2, "coreml": 2, "coreai": 2}
 CHANNEL_BLOCK = 128  # ONNX stores a scale for each so many values at 8 bits, the others one for each row
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -25,7 +25,7 @@ def weight_bytes(shapes: Shapes, recipe: Recipe, target: Target) -> int:
 def _bytes(name: str, shape: tuple[int, ...], recipe: Recipe, target: Target) -> int:
     storage, values = storage_of(name, shape, recipe), math.prod(shape)
     if storage.bits == 32:
-        return values * (2 if target == "coreml" else 4)  # Core ML writes what is left in float as float16
+        return values * (2 if target in ("coreml", "coreai") else 4)  # these write what is left in float as float16
     if storage.bits == 16:
         return values * 2
     group = storage.group_size or (CHANNEL_BLOCK if target == "onnx" else shape[-1])

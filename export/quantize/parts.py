@@ -11,7 +11,7 @@ from export.recipe import EMBEDDING, HEAD, RECIPES, Bits, QuantRule, Recipe, sto
 
 GROUP_SIZE = 32
 # Names of matrices that a target's kernels, or our packers for them, take at 8 bits only.
-EIGHT_BITS_ONLY: dict[Target, tuple[str, ...]] = {"executorch": (EMBEDDING,), "onnx": (), "coreml": ()}
+EIGHT_BITS_ONLY: dict[Target, tuple[str, ...]] = {"executorch": (EMBEDDING,), "onnx": (), "coreml": (), "coreai": ()}
 LAYER_PART = re.compile(r"language_model\.layers\.(\d+)\.(self_attn|mlp)\.")
 TOWER_PART = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
 
