@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--training-sets", type=int, default=10, help="seeds share a set beyond this number")
+    parser.add_argument("--training-sets", type=int, default=20, help="seeds share a set beyond this number")
     parser.add_argument("--data", type=Path, default=Path("evidence_data"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     flags = parser.parse_args()

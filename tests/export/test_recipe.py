@@ -50,6 +50,13 @@ def test_head4_is_int4_but_for_the_head() -> None:
     assert storage_of("lm_head.weight", (512, 64), head4) == Storage(4, 32)
 
 
+def test_g128_is_int4_but_for_the_groups_of_the_decoder() -> None:
+    up, narrow = "language_model.layers.0.mlp.up_proj.weight", (5632, 96)
+    assert storage_of(up, (5632, 2048), RECIPES["int4-g128"]) == Storage(4, 128)
+    assert storage_of(up, narrow, RECIPES["int4-g128"]) == Storage(8, None)
+    assert storage_of("lm_head.weight", (512, 128), RECIPES["int4-g128"]) == Storage(8, None)
+
+
 def test_a_width_that_the_group_does_not_divide_falls_back_and_is_listed() -> None:
     name = "language_model.layers.0.self_attn.o_proj.weight"
     assert storage_of(name, (80, 80), "int4") == Storage(8, None)
