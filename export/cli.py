@@ -48,8 +48,8 @@ class ExportConfig:
     fp32: Flag = False
     """weights float32"""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE|auto")] = None
-    """bits by weight, in place of one precision: a recipe of ours (int4, int4-head4, int4-g128, int8, fp16, fp32), a YAML
-    or JSON file of rules, or 'auto': the bits that lose least within --budget-mb, measured on --calibration"""
+    """bits by weight, in place of one precision: a recipe of ours (int4, int4-head4, int4-g128, int8, fp16, fp32), a
+    YAML or JSON file of rules, or 'auto': the bits that lose least within --budget-mb, measured on --calibration"""
     budget_mb: Annotated[float | None, tyro.conf.arg(metavar="N")] = None
     """with --recipe auto: megabytes (10^6 bytes) that all weights may take together"""
     quant_method: Annotated[str | None, tyro.conf.arg(metavar="{rtn,hqq,gptq}")] = None
