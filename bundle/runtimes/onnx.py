@@ -87,13 +87,14 @@ class OnnxRuntime:
 
         self._sessions = {name: session(name) for name in manifest.graphs}
         self._position = 0
-        self._prefix = read_rows(bundle, manifest)
+        self._prefix: dict[str, CacheRows] = {}
         self._cache: dict[str, CacheRows] = {}
         self._binding: Any = None  # of the decoder, where it is open
         self._logits: Any = None
         if "text_decoder" in self._sessions:
             self._binding = self._sessions["text_decoder"].io_binding()
             self._bind_cache(np.dtype(_cache_type(manifest)))
+            self._prefix = read_rows(bundle, manifest)
 
     def _bind_cache(self, kind: np.dtype[Any]) -> None:
         shape = self._shape

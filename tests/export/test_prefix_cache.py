@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from bundle.errors import UsageError
 from bundle.manifest import file_records, read_manifest, write_manifest
 from bundle.prefix import known_rows, read_rows
+from bundle.runtimes.registry import open_runtime
 from bundle.session import Answer, Vlm, open_bundle
 from bundle.verify import verify_bundle
 from export.frame import ExportJob, export_bundle
@@ -60,6 +61,14 @@ def test_the_verifier_finds_the_cache_equal_to_a_fresh_prefill(cached: Path) -> 
     (verdict,) = verify_bundle(cached)
     assert verdict.problem is None and verdict.prefix is not None and verdict.prefix.ok
     assert verdict.prefix.cache_error < 1e-5 and verdict.prefix.logits_error < 1e-3
+
+
+def test_a_bundle_without_its_decoder_opens(cached: Path) -> None:
+    manifest = read_manifest(cached)
+    vision = manifest.model_copy(update={"graphs": {"vision_encoder": manifest.graphs["vision_encoder"]}})
+    runtime = open_runtime(cached, vision, threads=1)
+    assert runtime.encode_image(np.zeros((1, 3, 96, 96), np.float32)).ndim == 3
+    runtime.close()
 
 
 def moved_by_a_row(rows: np.ndarray) -> np.ndarray:
