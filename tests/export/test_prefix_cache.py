@@ -67,7 +67,9 @@ def test_a_bundle_without_its_decoder_opens(cached: Path) -> None:
     manifest = read_manifest(cached)
     vision = manifest.model_copy(update={"graphs": {"vision_encoder": manifest.graphs["vision_encoder"]}})
     runtime = open_runtime(cached, vision, threads=1)
-    assert runtime.encode_image(np.zeros((1, 3, 96, 96), np.float32)).ndim == 3
+    size = manifest.image.size
+    visual = runtime.encode_image(np.zeros((1, 3, size, size), np.float32))
+    assert visual.shape == (1, manifest.model.visual_tokens, manifest.model.hidden_size)
     runtime.close()
 
 
