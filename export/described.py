@@ -24,3 +24,11 @@ def described(storages: Iterable[Storage], activations: str, channel_block: int 
     for kind in kinds[1:]:
         weights += f"; {counted[kind]} matrices int{kind.bits} symmetric"
     return GraphQuantization(weights=weights, group_size=kinds[0].group_size or channel_block, activations=activations)
+
+
+def with_fallbacks(decoder: GraphQuantization, count: int) -> GraphQuantization:
+    """The decoder's line with the number of matrices that are int8 because the group does not divide their width."""
+    if not count:
+        return decoder
+    weights = f"{decoder.weights}; {count} int8 (width not a multiple of {decoder.group_size})"
+    return decoder.model_copy(update={"weights": weights})

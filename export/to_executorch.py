@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision, Tensor
 from export.contract import ExportedGraphs, ExportRequest, JoinedWeights, LazyWeights
 from export.dequantized import StoragePlan
-from export.described import described
+from export.described import described, with_fallbacks
 from export.executorch_lower import backend_of, load_operators, lower, partitioners_of, traced
 from export.executorch_merge import merge
 from export.executorch_modules import TextDecoder, TokenEmbedding, VisionEncoder
@@ -186,12 +186,8 @@ def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
     if request.recipe != RECIPES[request.precision]:
         return {name: _mixed(request, name, row[name].activations) for name in row}
-    odd = fallbacks(shapes, request.recipe)
-    if odd:
-        decoder = row["text_decoder"]
-        weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"
-        row["text_decoder"] = decoder.model_copy(update={"weights": weights})
-    return row
+    decoder = with_fallbacks(row["text_decoder"], len(fallbacks(shapes, request.recipe)))
+    return row | {"text_decoder": decoder}
 
 
 def _mixed(request: ExportRequest, graph: GraphName, activations: str) -> GraphQuantization:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision
 from export.contract import INT4_GROUP, ExportedGraphs, ExportRequest
-from export.described import described
+from export.described import described, with_fallbacks
 from export.graph_weights import graph_of
 from export.meter import Meter
 from export.onnx_decoder import write_decoder, write_embedding
@@ -125,12 +125,8 @@ def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
     if request.recipe != RECIPES[request.precision]:
         return {name: _mixed(request, name, shapes) for name in row}
-    odd = fallbacks(shapes, request.recipe)
-    if odd:
-        decoder = row["text_decoder"]
-        weights = f"{decoder.weights}; {len(odd)} int8 (width not a multiple of {decoder.group_size})"
-        row["text_decoder"] = decoder.model_copy(update={"weights": weights})
-    return row
+    decoder = with_fallbacks(row["text_decoder"], len(fallbacks(shapes, request.recipe)))
+    return row | {"text_decoder": decoder}
 
 
 def _mixed(request: ExportRequest, graph: GraphName, shapes: Mapping[str, tuple[int, ...]]) -> GraphQuantization:
