@@ -60,6 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Prepare, measure, print."""
     flags, start = parse(arguments), time.monotonic()
+    flags.checkpoint = flags.checkpoint.resolve()  # peers' tools run in the cache folder, where they leave their logs
 
     def progress(line: str) -> None:
         sys.stderr.write(f"{time.monotonic() - start:6.0f} s  {line}\n")
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         threads=tuple(flags.threads),
     )
     contestants = [_bundle(path, manifest) for path, manifest in bundles.items()]
-    cache, missing, labels = Cache(flags.cache, progress), [], {}
+    cache, missing, labels = Cache(flags.cache.resolve(), progress), [], {}
     for name in flags.peers:
         try:
             contestants.append(_peer(cache.prepare(name, PEERS[name], flags.checkpoint)))

@@ -100,9 +100,11 @@ class Cache:
         _mark(output).write_text(f"{checkpoint.resolve()}\n", encoding="utf-8")
 
     def _run(self, command: list[str], failure: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         offline = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}  # nothing is fetched from a hub
         done = subprocess.run(
             command,
+            cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -86,11 +86,16 @@ def run(arm: Arm, seed: int, flags: argparse.Namespace) -> dict[str, Any]:
         "seed": seed,
         "steps": steps,
         "seconds": seconds,
-        "settings": log["settings"],
+        "settings": log["settings"] | {"student": relative(STUDENT), "teacher": relative(TEACHER)},
         "accuracy": accuracy,
         "gradient_norms": entries(log["log"], "gradient_norm/"),
         "terms": entries(log["log"], "term/"),
     }
+
+
+def relative(path: Path) -> str:
+    """As seen from the repository: results say nothing of the machine they were made on."""
+    return str(path.relative_to(ROOT))
 
 
 def entries(log: list[dict[str, float]], prefix: str) -> list[dict[str, float]]:
