@@ -39,23 +39,30 @@ class LazyWeights(Mapping[str, torch.Tensor], ABC):
         return any(name == other for other in self)  # Mapping's own would read the weight
 
 
-class JoinedWeights(LazyWeights):
-    """The weights of several mappings that have no name in common."""
+class Layered(LazyWeights):
+    """The weights of two mappings; where both have a name, the first one's."""
 
-    def __init__(self, *parts: LazyWeights) -> None:
-        self._of = {name: part for part in parts for name in part}
+    def __init__(self, first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:
+        self._first, self._second = first, second
+
+    def _of(self, name: str) -> Mapping[str, torch.Tensor]:
+        return self._first if name in self._first else self._second
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._of[name][name]
+        return self._of(name)[name]
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
-        self._of[name].read_into(name, out)
+        read_weight(self._of(name), name, out)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._first or name in self._second
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._of)
+        yield from self._first
+        yield from (name for name in self._second if name not in self._first)
 
     def __len__(self) -> int:
-        return len(self._of)
+        return sum(1 for _ in self)
 
 
 def read_weight(weights: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:

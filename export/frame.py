@@ -31,14 +31,13 @@ from bundle.verify import verdict_of
 from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
-from export.contract import CoreMlOptions, ExecutorchOptions, ExportedGraphs, ExportRequest, OnnxOptions
+from export.contract import CoreMlOptions, ExecutorchOptions, ExportedGraphs, ExportRequest, Layered, OnnxOptions
 from export.coreai_stock import write_stock_files
 from export.dequantized import StoragePlan
 from export.golden_record import Probe, probes
 from export.prefix import refuse_prefix, write_prefix
 from export.provenance import environment_of, source_of
 from export.quantize.blame import BLAME_FILE
-from export.quantize.chosen import Layered
 from export.quantize.decide import Case, Decision, decide
 from export.quantize.request import Quantizing
 from export.recipe import RECIPES, Storage
@@ -132,9 +131,8 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
                 chosen=chosen,
             )
         )
-        stored = exported.dequantized if chosen is None else Layered(exported.dequantized, chosen)
         shutil.copyfile(processing.tokenizer_path, folder / processing.tokenizer.path)
-        recorded = _record(job, model, stored, decision, questions, folder, progress)
+        recorded = _record(job, model, exported.dequantized, decision, questions, folder, progress)
         release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
         manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded, decision)

@@ -11,13 +11,14 @@ import gc
 import math
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from bundle.manifest import Graph, GraphName, GraphQuantization, Precision, Tensor
-from export.contract import ExportedGraphs, ExportRequest, JoinedWeights, LazyWeights
+from export.contract import ExportedGraphs, ExportRequest, Layered, LazyWeights
 from export.dequantized import StoragePlan
 from export.described import described, with_fallbacks
 from export.executorch_lower import backend_of, load_operators, lower, partitioners_of, traced
@@ -70,7 +71,7 @@ def _held(request: ExportRequest, file: Path, stored: dict[str, Stored]) -> Lazy
     others = {name: record for name, record in stored.items() if name not in ours}
     if not others:
         return read
-    return JoinedWeights(read, QuantizedAgain(source_of(request, "vision_encoder"), others))
+    return Layered(read, QuantizedAgain(source_of(request, "vision_encoder"), others))
 
 
 def _is_readable(request: ExportRequest, graph: GraphName | None) -> bool:
@@ -113,16 +114,15 @@ def source_of(request: ExportRequest, name: GraphName) -> WeightSource:
     values = sum(math.prod(shape) for key, shape in shapes.items() if graph_of(key, vlm) == name)
     return WeightSource(
         weights=vlm.state_dict() if request.weights is None else request.weights,
-        plan=StoragePlan(
-            "executorch",
-            request.precision,
-            request.executorch.storages(shapes, request.precision),
-            request.own_recipe,
-            request.chosen,
-        ),
+        plan=_plan(request, shapes),
         dynamic=_is_readable(request, name),
         meter=Meter(f"{name.replace('_', ' ')}: weights quantized", values, request.progress),
     )
+
+
+def _plan(request: ExportRequest, shapes: Mapping[str, tuple[int, ...]]) -> StoragePlan:
+    overrides = request.executorch.storages(shapes, request.precision)
+    return StoragePlan("executorch", request.precision, overrides, request.own_recipe, request.chosen)
 
 
 def _module(twin: Any, name: GraphName, context_length: int) -> VisionEncoder | TokenEmbedding | TextDecoder:
@@ -185,14 +185,19 @@ def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     row = QUANTIZATION[request.precision] | {"vision_encoder": _vision(request)}
     shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
     if request.recipe != RECIPES[request.precision]:
-        return {name: _mixed(request, name, row[name].activations) for name in row}
+        plan = _plan(request, shapes)
+        return {name: _mixed(request, name, plan, shapes, row[name].activations) for name in row}
     decoder = with_fallbacks(row["text_decoder"], len(fallbacks(shapes, request.recipe)))
     return row | {"text_decoder": decoder}
 
 
-def _mixed(request: ExportRequest, graph: GraphName, activations: str) -> GraphQuantization:
-    plan = source_of(request, graph).plan
-    shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
+def _mixed(
+    request: ExportRequest,
+    graph: GraphName,
+    plan: StoragePlan,
+    shapes: Mapping[str, tuple[int, ...]],
+    activations: str,
+) -> GraphQuantization:
     mine = [name for name in shapes if graph_of(name, request.vlm) == graph]
     return described([plan.storage(name, shapes[name]) for name in mine], activations)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from export.contract import LazyWeights, read_weight
+from export.contract import LazyWeights
 from export.quantize.grid import Coded
 
 SUFFIX = ".safetensors"
@@ -50,29 +50,3 @@ class ChosenWeights(LazyWeights):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-class Layered(LazyWeights):
-    """The weights of two mappings; where both have a name, the first one's."""
-
-    def __init__(self, first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:
-        self._first, self._second = first, second
-
-    def _of(self, name: str) -> Mapping[str, torch.Tensor]:
-        return self._first if name in self._first else self._second
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._of(name)[name]
-
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        read_weight(self._of(name), name, out)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._first or name in self._second
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._first
-        yield from (name for name in self._second if name not in self._first)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.quantize.chosen import ChosenWeights, Layered
+from export.contract import Layered
+from export.quantize.chosen import ChosenWeights
 from export.quantize.grid import HIGHEST, LOWEST, SMALLEST_SCALE, Coded, fitted_scales, nearest, storable
 from export.quantize.hqq import hqq
 

@@ -10,12 +10,12 @@ import torch
 from bundle.errors import VerificationError
 from bundle.manifest import Target
 from distill.models.mobilevlm import MobileVlm
-from export.contract import ExportedGraphs, ExportRequest
+from export.contract import ExportedGraphs, ExportRequest, Layered
 from export.coreml_weights import PackageWeights
 from export.dequantized import RoundedWeights, StoragePlan, check_stored
 from export.executorch_lower import load_operators
 from export.executorch_quantize import QuantizedAgain, empty_twin, fill
-from export.quantize.chosen import ChosenWeights, Layered
+from export.quantize.chosen import ChosenWeights
 from export.quantize.grid import Coded, storable
 from export.recipe import RECIPES, storage_of
 from export.to_coreml import GraphExporter
