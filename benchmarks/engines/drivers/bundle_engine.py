@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from protocol import Job, run_driver
+from protocol import Job, run_driver, timed_answer
 
 from bundle.manifest import read_manifest
 from bundle.runtimes.registry import open_runtime
@@ -30,12 +30,7 @@ class BundleEngine:
 
     def answer(self, ids: list[int], new_tokens: int) -> tuple[float, float]:
         self._runtime.reset()
-        start = time.perf_counter()
-        token = self._next(ids)
-        prefilled = time.perf_counter()
-        for _ in range(new_tokens):
-            token = self._next([token])
-        return prefilled - start, time.perf_counter() - prefilled
+        return timed_answer(self._next, ids, new_tokens)
 
     def _next(self, ids: list[int]) -> int:
         return int(self._runtime.decode(self._runtime.embed(np.array([ids], np.int64))).argmax())

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import llama_cpp
 import numpy as np
 from llama_cpp import mtmd_cpp
-from protocol import Job, run_driver
+from protocol import Job, run_driver, timed_answer
 
 CONTEXT = 1024
 
@@ -70,12 +70,7 @@ class LlamaCppEngine:
 
     def answer(self, ids: list[int], new_tokens: int) -> tuple[float, float]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
-        start = time.perf_counter()
-        token = self._next(ids)
-        prefilled = time.perf_counter()
-        for _ in range(new_tokens):
-            token = self._next([token])
-        return prefilled - start, time.perf_counter() - prefilled
+        return timed_answer(self._next, ids, new_tokens)
 
     def _next(self, ids: list[int]) -> int:
         tokens = (llama_cpp.llama_token * len(ids))(*ids)

@@ -73,6 +73,16 @@ class Engine(Protocol):
         """Prompt from an empty cache, then ``new_tokens`` greedy steps -> seconds of the prefill, of all the steps."""
 
 
+def timed_answer(next_token: Callable[[list[int]], int], ids: list[int], new_tokens: int) -> tuple[float, float]:
+    """``Engine.answer`` of an engine that appends ids to its cache and gives the greedy token behind them."""
+    start = time.perf_counter()
+    token = next_token(ids)
+    prefilled = time.perf_counter()
+    for _ in range(new_tokens):
+        token = next_token([token])
+    return prefilled - start, time.perf_counter() - prefilled
+
+
 def run_driver(open_engine: Callable[[Job], Engine]) -> None:
     """Do the job of the command line and print the answer."""
     job = Job(**json.loads(sys.argv[1]))
