@@ -19,15 +19,16 @@ import torch
 from torch import nn
 
 from distill.models.processing import read_processing
-from export.dequantized import RoundedWeights, StoragePlan
-from export.onnx_weights import pack, unpack
+from export.model.streamed import LoadedModel, open_streamed
 from export.quantize.calibration import Calibration, CalibrationData, read_calibration
-from export.quantize.chosen import ChosenWeights
 from export.quantize.methods import Method
 from export.quantize.search import choose_codes
 from export.quantize.sensitivity import Sensitivity
-from export.recipe import Storage, storage_of
-from export.streamed_model import LoadedModel, open_streamed
+from export.weights.blocks import pack, unpack
+from export.weights.chosen import ChosenWeights
+from export.weights.dequantized import RoundedWeights
+from export.weights.plan import StoragePlan
+from export.weights.recipe import Storage, storage_of
 
 GROUP = 32
 Weights = Mapping[str, torch.Tensor]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,64 +12,15 @@ import torch
 
 from bundle.manifest import Backend, CoreMl, Engine, Graph, GraphName, GraphQuantization, Precision
 from distill.models.mobilevlm import MobileVlm
-from export.recipe import RECIPES, VISION_LINEARS, Recipe, Storage, storage_of
-from export.work_folder import WorkFolder
+from export.job.work_folder import WorkFolder
+from export.model.graph_weights import EMBEDDING
+from export.weights.recipe import RECIPES, VISION_LINEARS, Recipe, Storage, storage_of
 
 if TYPE_CHECKING:
-    from export.quantize.chosen import ChosenWeights
+    from export.weights.chosen import ChosenWeights
 
-EMBEDDING = "language_model.embed_tokens.weight"
 INT4_GROUP = 32
 PALETTE_ROWS = 16
-
-
-class LazyWeights(Mapping[str, torch.Tensor], ABC):
-    """State-dict name -> weight, read from a file when asked for."""
-
-    @abstractmethod
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Write a weight into ``out``, a float32 tensor of its shape.
-
-        Filling a tensor that is used again and again takes a twentieth of the time of making a new one: new memory is
-        handed out page by page.
-        """
-
-    def __contains__(self, name: object) -> bool:
-        return any(name == other for other in self)  # Mapping's own would read the weight
-
-
-class Layered(LazyWeights):
-    """The weights of two mappings; where both have a name, the first one's."""
-
-    def __init__(self, first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:
-        self._first, self._second = first, second
-
-    def _of(self, name: str) -> Mapping[str, torch.Tensor]:
-        return self._first if name in self._first else self._second
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._of(name)[name]
-
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        read_weight(self._of(name), name, out)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._first or name in self._second
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._first
-        yield from (name for name in self._second if name not in self._first)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def read_weight(weights: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
-    """Write one weight of a mapping, lazy or not, into ``out``."""
-    if isinstance(weights, LazyWeights):
-        weights.read_into(name, out)
-    else:
-        out.copy_(weights[name])
 
 
 @dataclass(frozen=True)
@@ -90,7 +40,7 @@ class OnnxOptions:
 class ExecutorchOptions:
     """What only the ExecuTorch target offers."""
 
-    backend: Backend = "xnnpack"  # of the vision encoder; the decoder's cache needs XNNPACK (executorch_lower.py)
+    backend: Backend = "xnnpack"  # of the vision encoder; the decoder's cache needs XNNPACK (executorch/lower.py)
     float_vision: bool = False  # vision matrices as float32 at int4 and int8, on XNNPACK
 
     def storages(self, shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> dict[str, Storage]:

@@ -31,23 +31,24 @@ from bundle.verify import verdict_of
 from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
-from export.contract import CoreMlOptions, ExecutorchOptions, ExportedGraphs, ExportRequest, Layered, OnnxOptions
-from export.coreai_stock import write_stock_files
-from export.dequantized import StoragePlan
-from export.golden_record import Probe, probes
-from export.prefix import refuse_prefix, write_prefix
+from export.contract import CoreMlOptions, ExecutorchOptions, ExportedGraphs, ExportRequest, OnnxOptions
+from export.coreai.stock import write_stock_files
+from export.golden.prefix import refuse_prefix, write_prefix
+from export.golden.record import Probe, probes
+from export.golden.recording import Recorded, record
+from export.job.room import STREAMED, check_room, release_free_memory
+from export.job.work_folder import work_folder
+from export.model.shape import model_shape
+from export.model.streamed import LoadedModel, open_streamed, open_whole
 from export.provenance import environment_of, source_of
 from export.quantize.blame import BLAME_FILE
 from export.quantize.decide import Case, Decision, decide
 from export.quantize.request import Quantizing
-from export.recipe import RECIPES, Storage
-from export.recording import Recorded, record
-from export.room import STREAMED, check_room, release_free_memory
-from export.shape import model_shape
-from export.streamed_model import LoadedModel, open_streamed, open_whole
 from export.supported import check_supported
 from export.targets import load_exporter
-from export.work_folder import work_folder
+from export.weights.lazy import Layered
+from export.weights.plan import StoragePlan
+from export.weights.recipe import RECIPES, Storage
 
 # KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit,
 # and a 1.7B model's float32 cache stays at 0.4 GB.

@@ -15,7 +15,7 @@ from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing
 from distill.models.projector import LDP_V1, LDP_V2, LINEAR
 from distill.models.roles import sliding_window
-from export.shape import model_shape
+from export.model.shape import model_shape
 from export.targets import TARGETS
 
 PROJECTORS = f"{LDP_V2}, {LINEAR}, mlp2x_gelu (any number of layers)"

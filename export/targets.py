@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 
 def _onnx() -> Exporter:
-    from export.to_onnx import export_onnx
+    from export.onnx.to_onnx import export_onnx
 
     return export_onnx
 
 
 def _executorch() -> Exporter:
-    from export.to_executorch import export_executorch
+    from export.executorch.to_executorch import export_executorch
 
     return export_executorch
 
 
 def _coreml() -> Exporter:
-    from export.to_coreml import export_coreml
+    from export.coreml.to_coreml import export_coreml
 
     return export_coreml
 
 
 def _coreai() -> Exporter:
-    from export.to_coreai import export_coreai
+    from export.coreai.to_coreai import export_coreai
 
     return export_coreai
 

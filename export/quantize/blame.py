@@ -12,7 +12,7 @@ from bundle.manifest import Frozen, Stage, Target
 from export.quantize.budget import MB, Shapes, price_bytes
 from export.quantize.parts import Part
 from export.quantize.sensitivity import Loss
-from export.recipe import Bits
+from export.weights.recipe import Bits
 
 BLAME_FILE = "blame.json"  # in a bundle whose recipe was chosen
 

@@ -9,7 +9,7 @@ from bundle.errors import UsageError
 from bundle.manifest import Target
 from export.quantize.parts import EIGHT_BITS_ONLY, Part, recipe_of
 from export.quantize.sensitivity import Loss
-from export.recipe import Bits, Recipe, storage_of
+from export.weights.recipe import Bits, Recipe, storage_of
 
 MB = 10**6
 SCALE_BYTES: dict[Target, int] = {"onnx": 4, "executorch": 2, "coreml": 2, "coreai": 2}

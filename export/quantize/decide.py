@@ -10,18 +10,19 @@ from pathlib import Path
 from bundle.manifest import CalibrationRecord, RecipeRecord, RuleRecord, Target
 from bundle.staging import write_text_whole
 from distill.models.processing import Processing
-from export.dequantized import RoundedWeights, StoragePlan
+from export.model.streamed import LoadedModel, open_streamed
 from export.quantize.blame import Blame, blame_rows
 from export.quantize.budget import MB, choose_bits, weight_bytes
 from export.quantize.calibration import Calibration, read_calibration
-from export.quantize.chosen import ChosenWeights
 from export.quantize.parts import parts_of, recipe_of
 from export.quantize.recipe_file import check_recipe
 from export.quantize.request import AUTO, Quantizing
 from export.quantize.search import choose_codes
 from export.quantize.sensitivity import Sensitivity
-from export.recipe import QuantRule, Recipe, Storage
-from export.streamed_model import LoadedModel, open_streamed
+from export.weights.chosen import ChosenWeights
+from export.weights.dequantized import RoundedWeights
+from export.weights.plan import StoragePlan
+from export.weights.recipe import QuantRule, Recipe, Storage
 
 CODES_FOLDER, CHOICE_FILE = "codes", "choice.json"  # a folder of their own: *.json beside it are graphs
 

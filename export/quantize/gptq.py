@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from export.quantize.grid import Coded, fitted_scales, levels, nearest
+from export.weights.grid import Coded, fitted_scales, levels, nearest
 
 DAMPING = 0.01  # lambda of the paper, section 3.3, step 3: part of the mean diagonal added to it
 COLUMNS_TOGETHER = 128  # the paper's B: errors are passed on within such a block at once, then to all later columns

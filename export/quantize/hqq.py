@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bundle.errors import missing_extra
-from export.quantize.grid import HIGHEST, LOWEST, Coded, nearest, storable
+from export.weights.grid import HIGHEST, LOWEST, Coded, nearest, storable
 
 
 def hqq(weight: torch.Tensor, group_size: int) -> Coded:

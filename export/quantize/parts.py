@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bundle.manifest import Stage, Target
-from export.recipe import EMBEDDING, HEAD, RECIPES, Bits, QuantRule, Recipe, storage_of
+from export.weights.recipe import EMBEDDING, HEAD, RECIPES, Bits, QuantRule, Recipe, storage_of
 
 GROUP_SIZE = 32
 # Names of matrices that a target's kernels, or our packers for them, take at 8 bits only.

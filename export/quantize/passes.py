@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from export.model.streamed import LoadedModel
 from export.quantize.calibration import Conversation
-from export.streamed_model import LoadedModel
 
 IMAGES_TOGETHER = 8  # 577 rows of 1024 each: activations of some 100 MB
 

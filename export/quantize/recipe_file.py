@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 from bundle.errors import UsageError
 from bundle.manifest import Frozen, Target
 from export.quantize.parts import EIGHT_BITS_ONLY
-from export.recipe import RECIPES, QuantRule, Recipe, storage_of
+from export.weights.recipe import RECIPES, QuantRule, Recipe, storage_of
 
 QKV = re.compile(r"(language_model\.layers\.\d+\.self_attn\.)[qkv]_proj\.weight")
 

@@ -10,7 +10,7 @@ from bundle.manifest import Precision
 from export.quantize.calibration import CalibrationData
 from export.quantize.methods import CALIBRATED, METHODS, Method
 from export.quantize.recipe_file import find_recipe
-from export.recipe import RECIPES, Recipe
+from export.weights.recipe import RECIPES, Recipe
 
 AUTO = "auto"
 

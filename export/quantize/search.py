@@ -13,15 +13,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from export.meter import Meter
+from export.job.meter import Meter
+from export.model.streamed import LoadedModel
 from export.quantize.calibration import Calibration
-from export.quantize.chosen import ChosenWeights
 from export.quantize.gptq import gptq
 from export.quantize.hqq import hqq
 from export.quantize.methods import Method
 from export.quantize.passes import answer_rows, decoder_inputs, through_layer
-from export.recipe import HEAD, Storage
-from export.streamed_model import LoadedModel
+from export.weights.chosen import ChosenWeights
+from export.weights.recipe import HEAD, Storage
 
 LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 Hessians = dict[str, torch.Tensor]

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from bundle.manifest import Frozen
-from export.contract import LazyWeights
-from export.dequantized import rounded
-from export.meter import Meter
+from export.job.meter import Meter
+from export.model.streamed import LoadedModel
 from export.quantize.calibration import Conversation
 from export.quantize.parts import GROUP_SIZE, Part
 from export.quantize.passes import answer_logits, decoder_inputs, through_layer
-from export.recipe import Bits, Storage
-from export.streamed_model import LoadedModel
+from export.weights.dequantized import rounded
+from export.weights.lazy import LazyWeights
+from export.weights.recipe import Bits, Storage
 
 WIDTHS: dict[Bits, Storage] = {4: Storage(4, GROUP_SIZE), 8: Storage(8, None)}
 

@@ -23,13 +23,13 @@ from bundle.verify import Verdict, verdict_of
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from distill.models.processing import Processing
 from export.contract import CoreMlOptions, ExportedGraphs, ExportRequest
-from export.dequantized import StoragePlan
-from export.golden_lockstep import FixedCache
-from export.golden_record import QUESTIONS, Probe, probes
-from export.recording import record
-from export.shape import model_shape
-from export.streamed_model import LoadedModel
+from export.golden.lockstep import FixedCache
+from export.golden.record import QUESTIONS, Probe, probes
+from export.golden.recording import record
+from export.model.shape import model_shape
+from export.model.streamed import LoadedModel
 from export.targets import load_exporter
+from export.weights.plan import StoragePlan
 from tests.export.conftest import STUDENT
 
 CONTEXT, PIXELS, VOCABULARY = 128, 48, 512

@@ -12,7 +12,7 @@ from bundle.manifest import Stage
 from bundle.prompt import splice, text_ids
 from bundle.runtimes.contract import Floats
 from distill.models.mobilevlm import MobileVlm
-from export.golden_record import Outputs, Probe, worst_errors
+from export.golden.record import Outputs, Probe, worst_errors
 
 
 @torch.no_grad()

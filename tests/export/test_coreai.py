@@ -26,13 +26,13 @@ from bundle.runtimes.coreai_asset import constant_names, read_asset
 from bundle.runtimes.registry import first_entry
 from distill.models.mobilevlm import MobileVlm
 from export.contract import ExportedGraphs, ExportRequest
-from export.coreai_convert import convert, load_converter
-from export.coreai_modules import CoreAiEmbedding, with_weights
-from export.coreai_weights import pack, read_back
-from export.recipe import Storage
-from export.shape import model_shape
+from export.coreai.convert import convert, load_converter
+from export.coreai.modules import CoreAiEmbedding, with_weights
+from export.coreai.to_coreai import export_coreai, export_graph
+from export.coreai.weights import pack, read_back
+from export.model.shape import model_shape
 from export.targets import load_exporter
-from export.to_coreai import export_coreai, export_graph
+from export.weights.recipe import Storage
 from tests.export.conftest import Command
 from tests.export.models import random_vlm
 

@@ -27,18 +27,18 @@ from bundle.runtimes.mil_graph import block_of
 from bundle.runtimes.mil_program import Program, Rounding
 from bundle.runtimes.mil_proto import read_spec
 from distill.models.mobilevlm import MobileVlm
-from export import to_coreml
 from export.contract import ExportedGraphs, ExportRequest
-from export.coreml_checks import Budget, check_package
-from export.coreml_convert import convert, flat_name
-from export.coreml_fill import MAIN, write_package
-from export.coreml_layout import Layout
-from export.coreml_modules import CoreMlDecoder, CoreMlVision
-from export.coreml_weights import Package, PackageWeights, check_weights
-from export.recipe import Storage
-from export.shape import model_shape
-from export.to_coreml import GraphExporter, export_coreml
-from export.work_folder import WorkFolder
+from export.coreml import to_coreml
+from export.coreml.checks import Budget, check_package
+from export.coreml.convert import convert, flat_name
+from export.coreml.fill import MAIN, write_package
+from export.coreml.layout import Layout
+from export.coreml.modules import CoreMlDecoder, CoreMlVision
+from export.coreml.to_coreml import GraphExporter, export_coreml
+from export.coreml.weights import Package, PackageWeights, check_weights
+from export.job.work_folder import WorkFolder
+from export.model.shape import model_shape
+from export.weights.recipe import Storage
 from tests.export.models import random_vlm
 
 CONTEXT = 48

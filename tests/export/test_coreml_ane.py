@@ -26,12 +26,12 @@ from bundle.runtimes.mil_proto import DATA_FOLDER, MODEL_FILE, read_spec, weight
 from distill.models.checkpoint import load_vlm
 from distill.models.mobilevlm import MobileVlm
 from export.contract import CoreMlOptions, ExportedGraphs, ExportRequest
-from export.coreml_ane_checks import check_engine_rules
-from export.coreml_ane_modules import AneDecoder, AneVision, head_parts
-from export.coreml_convert import load_coremltools
-from export.coreml_weights import Package
-from export.shape import model_shape
-from export.to_coreml import export_coreml
+from export.coreml.ane_checks import check_engine_rules
+from export.coreml.ane_modules import AneDecoder, AneVision, head_parts
+from export.coreml.convert import load_coremltools
+from export.coreml.to_coreml import export_coreml
+from export.coreml.weights import Package
+from export.model.shape import model_shape
 from tests.export.conftest import STUDENT, Command
 from tests.export.hf_checkpoints import KINDS, write_checkpoint
 from tests.export.models import random_vlm

@@ -1,4 +1,4 @@
-"""export.dequantized: the weights that files hold against the checkpoint's, by a rule that knows no packing."""
+"""export.weights.dequantized: the weights that files hold against the checkpoint's, by a rule that knows no packing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from bundle.errors import VerificationError
-from export.contract import EMBEDDING, LazyWeights, OnnxOptions
-from export.dequantized import CHUNK_VALUES, RoundedWeights, StoragePlan, check_stored, rounded
-from export.onnx_weights import pack, unpack
-from export.recipe import RECIPES, Storage
-from export.streamed_model import LoadedModel
+from export.contract import OnnxOptions
+from export.model.graph_weights import EMBEDDING
+from export.model.streamed import LoadedModel
+from export.weights.blocks import pack, unpack
+from export.weights.dequantized import CHUNK_VALUES, RoundedWeights, check_stored, rounded
+from export.weights.lazy import LazyWeights
+from export.weights.plan import StoragePlan
+from export.weights.recipe import RECIPES, Storage
 from tests.export.models import random_vlm
 
 UP = "language_model.layers.0.mlp.up_proj.weight"

@@ -22,13 +22,13 @@ from bundle.runtimes import executorch as engine
 from bundle.runtimes.contract import Runtime
 from distill.models.mobilevlm import MobileVlm, MobileVlmConfig
 from export.contract import ExportedGraphs, ExportRequest
-from export.dequantized import StoragePlan
-from export.executorch_modules import TextDecoder, VisionEncoder
-from export.executorch_quantize import QuantizedAgain, WeightSource, empty_twin, fill
-from export.executorch_stored import Stored
-from export.meter import Meter
-from export.shape import model_shape
-from export.to_executorch import export_executorch
+from export.executorch.modules import TextDecoder, VisionEncoder
+from export.executorch.quantize import QuantizedAgain, WeightSource, empty_twin, fill
+from export.executorch.stored import Stored
+from export.executorch.to_executorch import export_executorch
+from export.job.meter import Meter
+from export.model.shape import model_shape
+from export.weights.plan import StoragePlan
 from tests.export.conftest import STUDENT
 from tests.export.models import random_vlm
 from tests.export.stock_runner import pieces_of, stock_answer

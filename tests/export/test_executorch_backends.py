@@ -14,9 +14,9 @@ from bundle.pte import open_pte
 from bundle.runtimes.registry import open_runtime
 from bundle.verify import verify_bundle
 from export.contract import ExecutorchOptions, ExportedGraphs, ExportRequest
-from export.executorch_lower import load_operators, partitioners_of
-from export.graph_weights import graph_of
-from export.to_executorch import FILE, export_executorch, write_part
+from export.executorch.lower import load_operators, partitioners_of
+from export.executorch.to_executorch import FILE, export_executorch, write_part
+from export.model.graph_weights import graph_of
 from tests.export import ladder
 from tests.export.conftest import STUDENT, Command
 

@@ -14,13 +14,13 @@ import torch
 
 from bundle.errors import VerificationError
 from bundle.pte import open_pte
-from export import to_executorch
 from export.contract import ExportedGraphs, ExportRequest
-from export.executorch_merge import merge
-from export.executorch_quantize import QuantizedAgain
-from export.executorch_stored import StoredIntegers, StoredWeights
-from export.to_executorch import FILE, GRAPHS, export_executorch
-from export.work_folder import WorkFolder, work_folder
+from export.executorch import to_executorch
+from export.executorch.merge import merge
+from export.executorch.quantize import QuantizedAgain
+from export.executorch.stored import StoredIntegers, StoredWeights
+from export.executorch.to_executorch import FILE, GRAPHS, export_executorch
+from export.job.work_folder import WorkFolder, work_folder
 from tests.export import ladder
 
 JOB: dict[str, Any] = {"target": "executorch"}

@@ -17,9 +17,10 @@ from distill.models import load_vlm
 from distill.models.create import create_vlm
 from distill.models.processing import read_processing
 from distill.models.save import save_checkpoint
-from export import onnx_activation, targets
+from export import targets
 from export.contract import ExportedGraphs, ExportRequest
-from export.to_onnx import export_onnx
+from export.onnx import activation as onnx_activation
+from export.onnx.to_onnx import export_onnx
 from tests.export.conftest import CONTEXT, REFERENCE, STUDENT, Command
 
 
@@ -133,7 +134,7 @@ def test_projector_without_an_exporter(run_export: Command, tmp_path: Path) -> N
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "torch"])
 def test_missing_extra(run_export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    for module in ("export.frame", "export.recording"):
+    for module in ("export.frame", "export.golden.recording"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     line = refused(run_export, tmp_path / "out", STUDENT, "--target", "onnx", code=2)
     assert f"'{package}'" in line and "pip install 'alignkd[onnx]'" in line

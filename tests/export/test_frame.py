@@ -14,8 +14,8 @@ from bundle.runtimes.registry import open_runtime
 from bundle.tokenizer import open_tokenizer
 from distill.models.checkpoint import load_vlm
 from distill.models.processing import read_processing
-from export.golden_record import picture, probes
-from export.rounding import as_it_is, int8_per_block, int8_per_token, int8_with_zero_point, rounded_activations
+from export.golden.record import picture, probes
+from export.golden.rounding import as_it_is, int8_per_block, int8_per_token, int8_with_zero_point, rounded_activations
 from tests.export.conftest import STUDENT, Exported
 from tests.export.models import random_vlm
 from tests.export.one_by_one import forced_errors, run_forced, run_stages

@@ -14,9 +14,9 @@ import torch
 
 from distill.models import load_vlm
 from distill.models.mobilevlm import MobileVlm
-from export.coreai_modules import CoreAiVision
-from export.coreml_modules import CoreMlDecoder, CoreMlVision
-from export.executorch_modules import TextDecoder, VisionEncoder
+from export.coreai.modules import CoreAiVision
+from export.coreml.modules import CoreMlDecoder, CoreMlVision
+from export.executorch.modules import TextDecoder, VisionEncoder
 from tests.export.hf_checkpoints import KINDS, SIZE, VARIANTS, write_checkpoint
 
 CASES = {f"{text} {tower}": (text, tower, {}) for text, tower in KINDS} | {

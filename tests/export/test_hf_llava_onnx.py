@@ -47,7 +47,7 @@ def test_int4_passes_the_verifier(
 def test_a_forgotten_bias_is_found(
     hf_checkpoint: HfCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_export: Callable[..., Any]
 ) -> None:
-    from export.onnx_linear import ModelWriter
+    from export.onnx.linear import ModelWriter
 
     monkeypatch.setattr(ModelWriter, "bias_of", lambda self, layers: None)
     checkpoint = hf_checkpoint("qwen2", "clip_vision_model")

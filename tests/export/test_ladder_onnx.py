@@ -14,8 +14,8 @@ import torch
 from bundle import image
 from bundle.errors import VerificationError
 from bundle.manifest import Manifest, Precision
-from export import onnx_linear
 from export.contract import ExportedGraphs
+from export.onnx import linear as onnx_linear
 from tests.export import ladder
 
 PRECISIONS: tuple[Precision, ...] = ("int4", "int8", "fp16", "fp32")

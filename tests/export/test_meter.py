@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from export.meter import Meter, duration, waiting
+from export.job.meter import Meter, duration, waiting
 
 
 def test_lines_come_every_few_seconds_and_know_what_is_left() -> None:

@@ -182,7 +182,7 @@ def linear_packages(folder: Path, target: str, compress: Callable[[Any], Any]) -
     import coremltools.optimize.coreml as cto
     from coremltools.converters.mil import Builder as mb
 
-    from export.coreml_convert import quiet
+    from export.coreml.convert import quiet
 
     weight = np.random.default_rng(2).normal(size=(48, 64)).astype(np.float32)
     opset = getattr(ct.target, target)

@@ -10,7 +10,7 @@ import pytest
 
 from bundle.manifest import GraphName, Precision, read_manifest
 from export.frame import ExportJob, export_bundle
-from export.onnx_writer import ALIGN_BYTES
+from export.onnx.writer import ALIGN_BYTES
 from tests.export.conftest import CONTEXT, STUDENT, Exported
 
 FILES: dict[Precision, tuple[str, str, str]] = {

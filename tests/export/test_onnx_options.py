@@ -15,9 +15,9 @@ from bundle.replay import relative_error
 from bundle.runtimes.onnx import OnnxRuntime, open_runtime
 from export.contract import ExportedGraphs, ExportRequest, OnnxOptions
 from export.frame import ExportJob, export_bundle
-from export.graph_weights import graph_of
-from export.shape import model_shape
-from export.to_onnx import export_onnx
+from export.model.graph_weights import graph_of
+from export.model.shape import model_shape
+from export.onnx.to_onnx import export_onnx
 from tests.export.conftest import STUDENT, Command
 from tests.export.models import random_vlm
 

@@ -16,8 +16,8 @@ from bundle.runtimes.contract import Runtime
 from bundle.runtimes.onnx import open_runtime
 from distill.models.mobilevlm import MobileVlm
 from export.contract import ExportRequest
-from export.shape import model_shape
-from export.to_onnx import export_onnx
+from export.model.shape import model_shape
+from export.onnx.to_onnx import export_onnx
 from tests.export.conftest import STUDENT
 from tests.export.models import random_vlm
 

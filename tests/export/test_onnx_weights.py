@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bundle.replay import relative_error
-from export.onnx_weights import Packed, block_size_of, pack, unpack
+from export.weights.blocks import Packed, block_size_of, pack, unpack
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from coremltools._deps import _kmeans1d
 
-from export.palette import ENTRIES, cluster
+from export.weights.palette import ENTRIES, cluster
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {

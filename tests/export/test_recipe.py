@@ -6,7 +6,7 @@ import pytest
 
 from bundle.manifest import Precision
 from distill.models.checkpoint import load_vlm
-from export.recipe import RECIPES, Storage, fallbacks, rule_of, storage_of
+from export.weights.recipe import RECIPES, Storage, fallbacks, rule_of, storage_of
 from tests.export.conftest import STUDENT
 
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -11,7 +11,7 @@ import pytest
 
 from bundle.manifest import ModelShape, Precision, read_manifest
 from distill.models.checkpoint import open_checkpoint
-from export import room
+from export.job import room
 from tests.export.conftest import STUDENT, Command, Exported
 
 GIB = 1 << 30

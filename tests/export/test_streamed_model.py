@@ -15,12 +15,13 @@ from distill.models.checkpoint import load_vlm, open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import read_processing
 from distill.models.save import save_checkpoint
-from export.contract import LazyWeights
-from export.dequantized import StoragePlan, rounded
-from export.golden_lockstep import forced_errors_together, golden_work, run_stages_together
-from export.recipe import Storage
-from export.recording import record
-from export.streamed_model import LoadedModel, open_streamed, open_whole
+from export.golden.lockstep import forced_errors_together, golden_work, run_stages_together
+from export.golden.recording import record
+from export.model.streamed import LoadedModel, open_streamed, open_whole
+from export.weights.dequantized import rounded
+from export.weights.lazy import LazyWeights
+from export.weights.plan import StoragePlan
+from export.weights.recipe import Storage
 from tests.export.conftest import STUDENT
 from tests.export.models import random_vlm
 from tests.export.one_by_one import forced_errors, run_forced, run_stages

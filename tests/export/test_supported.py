@@ -13,7 +13,7 @@ from bundle.errors import UsageError
 from bundle.manifest import Target
 from distill.models.checkpoint import open_checkpoint
 from distill.models.processing import read_processing
-from export.onnx_activation import OPERATORS
+from export.onnx.activation import OPERATORS
 from export.supported import ACTIVATIONS, check_supported
 from tests.export.conftest import Command, HfCheckpoint
 from tests.export.hf_checkpoints import SIZE, write_checkpoint

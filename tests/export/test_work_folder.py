@@ -12,10 +12,10 @@ import pytest
 from bundle.errors import UsageError
 from bundle.manifest import Graph, Manifest, read_manifest
 from bundle.staging import sha256_of
-from export import to_onnx
 from export.frame import ExportJob, export_bundle
-from export.onnx_linear import ModelWriter
-from export.work_folder import work_folder
+from export.job.work_folder import work_folder
+from export.onnx import to_onnx
+from export.onnx.linear import ModelWriter
 from tests.export.conftest import CONTEXT, STUDENT, Exported
 
 Write = Callable[..., Graph]

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from export.onnx_genai import write_tokenizer
+from export.onnx.genai import write_tokenizer
 
 OTHER_PARTS = ("model.mm_projector.", "model.vision_tower.")
 KEPT = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from export.golden_record import picture
+from export.golden.record import picture
 
 QUESTIONS = ("What colour is the circle?", "How many shapes are there?", "Is there a red square?")
 ANSWERS = ("The circle is red.", "There are four of them.", "No, there is not.")

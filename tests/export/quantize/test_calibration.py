@@ -14,9 +14,9 @@ from distill.batches.encoding import IGNORED, encode_row
 from distill.data.rows import read_rows
 from distill.models.checkpoint import load_vlm
 from distill.models.processing import read_processing
+from export.model.streamed import open_streamed
 from export.quantize.calibration import Calibration, CalibrationData, read_calibration
 from export.quantize.passes import answer_logits, decoder_inputs, through_layer
-from export.streamed_model import open_streamed
 from tests.export.conftest import STUDENT
 from tests.export.quantize.calibration_set import write_set
 

@@ -7,7 +7,7 @@ import torch
 
 from export.quantize import gptq as module
 from export.quantize.gptq import DAMPING, gptq
-from export.quantize.grid import HIGHEST, LOWEST, fitted_scales, levels, nearest
+from export.weights.grid import HIGHEST, LOWEST, fitted_scales, levels, nearest
 
 
 def case(rows: int = 8, columns: int = 64, samples: int = 512) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.contract import Layered
-from export.quantize.chosen import ChosenWeights
-from export.quantize.grid import HIGHEST, LOWEST, SMALLEST_SCALE, Coded, fitted_scales, nearest, storable
 from export.quantize.hqq import hqq
+from export.weights.chosen import ChosenWeights
+from export.weights.grid import HIGHEST, LOWEST, SMALLEST_SCALE, Coded, fitted_scales, nearest, storable
+from export.weights.lazy import Layered
 
 
 def weight(rows: int = 24, columns: int = 96) -> torch.Tensor:

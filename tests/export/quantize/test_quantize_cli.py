@@ -86,7 +86,7 @@ def test_a_stopped_export_keeps_its_choice_and_codes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("export.to_onnx.ModelWriter", stop)
+        patched.setattr("export.onnx.to_onnx.ModelWriter", stop)
         assert run_export(*command).code == 130
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.work" / "finished" / "codes").iterdir()}
     assert "choice.json" in kept and len(kept) > 1

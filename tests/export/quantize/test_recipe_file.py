@@ -10,7 +10,7 @@ import pytest
 from bundle.errors import UsageError
 from bundle.manifest import Target
 from export.quantize.recipe_file import check_recipe, find_recipe
-from export.recipe import RECIPES, Storage, storage_of
+from export.weights.recipe import RECIPES, Storage, storage_of
 
 NAMES = [f"language_model.layers.0.self_attn.{part}_proj.weight" for part in "qkvo"]
 SHAPES: dict[str, tuple[int, ...]] = {name: (64, 64) for name in NAMES} | {

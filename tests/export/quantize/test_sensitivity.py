@@ -11,13 +11,13 @@ from bundle.errors import UsageError
 from bundle.manifest import Target
 from distill.models.checkpoint import load_vlm
 from distill.models.processing import read_processing
+from export.model.streamed import open_streamed
 from export.quantize.blame import Blame, blame_rows, blame_table
 from export.quantize.budget import MB, choose_bits, price_bytes, weight_bytes
 from export.quantize.calibration import CalibrationData, Conversation, read_calibration
 from export.quantize.parts import Part, parts_of, recipe_of
 from export.quantize.sensitivity import WIDTHS, Loss, RoundedPart, Sensitivity, answer_numbers, compare
-from export.recipe import RECIPES, Bits, storage_of
-from export.streamed_model import open_streamed
+from export.weights.recipe import RECIPES, Bits, storage_of
 from tests.export.conftest import STUDENT
 from tests.export.quantize.calibration_set import write_set
 

@@ -10,17 +10,19 @@ import torch
 from bundle.errors import VerificationError
 from bundle.manifest import Target
 from distill.models.mobilevlm import MobileVlm
-from export.contract import ExportedGraphs, ExportRequest, Layered
-from export.coreml_weights import PackageWeights
-from export.dequantized import RoundedWeights, StoragePlan, check_stored
-from export.executorch_lower import load_operators
-from export.executorch_quantize import QuantizedAgain, empty_twin, fill
-from export.quantize.chosen import ChosenWeights
-from export.quantize.grid import Coded, storable
-from export.recipe import RECIPES, storage_of
-from export.to_coreml import GraphExporter
-from export.to_executorch import source_of
-from export.to_onnx import export_onnx
+from export.contract import ExportedGraphs, ExportRequest
+from export.coreml.to_coreml import GraphExporter
+from export.coreml.weights import PackageWeights
+from export.executorch.lower import load_operators
+from export.executorch.quantize import QuantizedAgain, empty_twin, fill
+from export.executorch.to_executorch import source_of
+from export.onnx.to_onnx import export_onnx
+from export.weights.chosen import ChosenWeights
+from export.weights.dequantized import RoundedWeights, check_stored
+from export.weights.grid import Coded, storable
+from export.weights.lazy import Layered
+from export.weights.plan import StoragePlan
+from export.weights.recipe import RECIPES, storage_of
 from tests.export.conftest import STUDENT
 from tests.export.models import random_vlm
 

@@ -1,0 +1,1 @@
+"""Core AI: the modules of Core ML through coreai-torch."""

@@ -1,0 +1,1 @@
+"""Core ML: programs converted hollow and filled with compressed weights."""

@@ -1,0 +1,1 @@
+"""ExecuTorch: graphs lowered one at a time and joined in one .pte."""

@@ -1,0 +1,1 @@
+"""Golden vectors: recorded from the float and the stored weights, with what rounding alone moves."""

@@ -1,0 +1,1 @@
+"""What one export needs of the machine: work folder, room, progress."""
