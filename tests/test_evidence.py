@@ -59,13 +59,16 @@ def test_report_pairs_seeds(load: Load, tmp_path: Path) -> None:
                 "arm": arm, "seed": seed, "seconds": 60.0, "gradient_norms": [{"step": i} for i in range(3)],
                 "accuracy": {split: dict.fromkeys(families, percent) for split in ("test", "unseen")},
             }  # fmt: skip
-            (tmp_path / f"{arm}.{seed}.json").write_text(json.dumps(run))
+            (tmp_path / f"{arm}.600.{seed}.json").write_text(json.dumps(run))
     report = load("report")
-    runs = report.read_runs(tmp_path)
+    (tmp_path / "ours.3000.1.json").write_text((tmp_path / "ours.600.9.json").read_text())
+    runs = report.read_runs(tmp_path, 600)  # other sizes of the training set stay out
     found = report.difference(runs["ours"], runs["ce"], "test")
     assert found.mean == pytest.approx(4)  # seed 9 has no partner
     assert (found.low, found.high) == pytest.approx((4 - 4.968, 4 + 4.968), abs=1e-3)  # 4.303 * 2 / sqrt(3)
     assert "| ours | 4 |" in report.overview(runs)[2] + report.overview(runs)[3]
+    runs["paper"] = {1: runs["ours"][2], 2: runs["ours"][2]}
+    assert report.pairs(runs)[2:] == ["| ours | paper | 2 | -4.0 [-54.8, +46.8] | -4.0 [-54.8, +46.8] |"]
 
 
 def test_a_small_run_goes_through(tmp_path: Path) -> None:

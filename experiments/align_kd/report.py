@@ -1,6 +1,6 @@
 """results/*.json -> tables (Markdown on stdout) and a plot (SVG) of what each arm is worth against cross entropy.
 
-python experiments/align_kd/report.py [--plot FILE]
+python experiments/align_kd/report.py [--scenes N] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -19,6 +19,20 @@ from scipy.stats import ttest_rel
 
 RESULTS = Path(__file__).parent / "results"
 BASE = "ce"
+# Who is held against whom besides cross entropy: the presets, and each against its controls.
+PAIRS = (
+    ("ours", "paper"),
+    ("ours", "label smoothing"),
+    ("ours", "ours, shuffled teacher"),
+    ("ours", "ce, wall clock of ours"),
+    ("ours", "ce, twice the steps"),
+    ("ours, twice the steps", "ce, twice the steps"),
+    ("ours", "forward KL, T 4"),
+    ("paper", "label smoothing"),
+    ("paper", "paper, shuffled teacher"),
+    ("paper", "ce, twice the steps"),
+    ("paper", "reverse KL"),
+)
 Run = dict[str, Any]
 
 
@@ -36,10 +50,10 @@ class Difference:
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
 
-def read_runs(folder: Path) -> dict[str, dict[int, Run]]:
-    """Arm -> seed -> its result."""
+def read_runs(folder: Path, scenes: int) -> dict[str, dict[int, Run]]:
+    """Arm -> seed -> its result, of training sets of so many conversations."""
     runs: dict[str, dict[int, Run]] = defaultdict(dict)
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob(f"*.{scenes}.*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         runs[run["arm"]][run["seed"]] = run
     return runs
@@ -71,6 +85,16 @@ def overview(runs: dict[str, dict[int, Run]]) -> list[str]:
             f"| {arm} | {len(found)} | {mean[arm]:.1f} | {difference(found, base, 'test')} | "
             f"{_mean_accuracy(found, 'unseen'):.1f} | {difference(found, base, 'unseen')} | {minutes:.1f} |"
         )
+    return lines
+
+
+def pairs(runs: dict[str, dict[int, Run]]) -> list[str]:
+    """Paired differences between two arms, on the seeds that both have."""
+    lines = ["| arm | against | seeds | test, points | unseen pairs, points |", "|---|---|---:|---:|---:|"]
+    for arm, other in PAIRS:
+        if arm in runs and other in runs and (seeds := set(runs[arm]) & set(runs[other])):
+            found = (str(difference(runs[arm], runs[other], split)) for split in ("test", "unseen"))
+            lines.append(f"| {arm} | {other} | {len(seeds)} | {' | '.join(found)} |")
     return lines
 
 
@@ -129,10 +153,11 @@ def main() -> None:
     """Print the tables; write the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--scenes", type=int, default=600, help="training conversations")
     parser.add_argument("--plot", type=Path)
     flags = parser.parse_args()
-    runs = read_runs(flags.results)
-    for table in (overview(runs), per_group(runs), gradient_norms(runs)):
+    runs = read_runs(flags.results, flags.scenes)
+    for table in (overview(runs), pairs(runs), per_group(runs), gradient_norms(runs)):
         sys.stdout.write("\n".join(table) + "\n\n")
     if flags.plot is not None:
         plot(runs, flags.plot)

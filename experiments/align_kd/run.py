@@ -31,13 +31,17 @@ from distill.demo_world.demo_benchmarks import held_out_rows, training_rows
 from distill.evaluation.family_accuracy import family_accuracy
 from distill.models import load_vlm
 from distill.models.processing import read_processing
+from distill.settings.recording import CacheConfig, CacheStorage
 from distill.settings.training import DistillConfig
+from distill.teacher_cache.record import record
 from distill.training.run import train
 
 ROOT = Path(__file__).parents[2]
 TEACHER, STUDENT = ROOT / "distill" / "demo_teacher", ROOT / "distill" / "demo_student"
 SPLITS = {"validation": "test", "test": "test", "unseen": "unseen_pairs"}  # split -> kind of scenes
 TOP_K = 3  # of the demo's 9 visual tokens, as 16 of 144 would round to 1
+PLACES = ("student", "teacher", "data", "output", "cache")  # settings that say where files lay, not what was run
+WORDS = 768  # all of the demo's vocabulary: the recorded teacher is the live one but for rounding to float16
 
 
 def make_data(folder: Path, training_set: int, scenes: int, per_family: int) -> Path:
@@ -72,8 +76,12 @@ def run(arm: Arm, seed: int, flags: argparse.Namespace) -> dict[str, Any]:
         save_steps=steps,
         report="none",
     )
+    config = replace(config, **arm.settings)
+    if config.needs_teacher and not config.shuffled_teacher and config.losses != "published_code":
+        cache = flags.data / f"cache{seed % flags.training_sets}-{flags.scenes}-{os.getpid()}"
+        config = replace(config, cache=recorded(config, cache))
     begun = time.monotonic()
-    train(replace(config, **arm.settings), Console(quiet=True))
+    train(config, Console(quiet=True))
     seconds = time.monotonic() - begun
     log = json.loads((output / "training_log.json").read_text(encoding="utf-8"))
     vlm, processing = load_vlm(output), read_processing(output)
@@ -86,16 +94,19 @@ def run(arm: Arm, seed: int, flags: argparse.Namespace) -> dict[str, Any]:
         "seed": seed,
         "steps": steps,
         "seconds": seconds,
-        "settings": log["settings"] | {"student": relative(STUDENT), "teacher": relative(TEACHER)},
+        "settings": {name: value for name, value in log["settings"].items() if name not in PLACES},
         "accuracy": accuracy,
         "gradient_norms": entries(log["log"], "gradient_norm/"),
         "terms": entries(log["log"], "term/"),
     }
 
 
-def relative(path: Path) -> str:
-    """As seen from the repository: results say nothing of the machine they were made on."""
-    return str(path.relative_to(ROOT))
+def recorded(config: DistillConfig, folder: Path) -> Path:
+    """A cache with what the teacher says to this training set, so that arms and passes share its one look."""
+    asked = {name: getattr(config, name) for name in ("losses", "weights", "temperature", "mask", "top_k", "data")}
+    storage = CacheStorage(words=WORDS)
+    record(CacheConfig(folder, TEACHER, student=STUDENT, storage=storage, **asked), Console(quiet=True))
+    return folder
 
 
 def entries(log: list[dict[str, float]], prefix: str) -> list[dict[str, float]]:
