@@ -6,18 +6,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from bundle.manifest import Backend, CoreMl, Engine, Graph, GraphName, GraphQuantization, Precision
+from bundle.manifest import Backend, CoreMl, Engine, Graph, GraphName, GraphQuantization, Precision, Target
 from distill.models.mobilevlm import MobileVlm
 from export.job.work_folder import WorkFolder
 from export.model.graph_weights import EMBEDDING
+from export.weights.chosen import ChosenWeights
+from export.weights.plan import StoragePlan
 from export.weights.recipe import RECIPES, VISION_LINEARS, Recipe, Storage, storage_of
-
-if TYPE_CHECKING:
-    from export.weights.chosen import ChosenWeights
 
 INT4_GROUP = 32
 PALETTE_ROWS = 16
@@ -73,6 +71,17 @@ class CoreMlOptions:
         }
 
 
+def storages(
+    shapes: Mapping[str, tuple[int, ...]],
+    precision: Precision,
+    onnx: OnnxOptions,
+    executorch: ExecutorchOptions,
+    coreml: CoreMlOptions,
+) -> dict[str, Storage]:
+    """Weights that are stored otherwise than the recipe says; options of other targets are at their defaults."""
+    return onnx.storages | executorch.storages(shapes, precision) | coreml.storages(shapes, precision)
+
+
 @dataclass(frozen=True)
 class ExportRequest:
     """One model to be written at one precision into the bundle directory under construction."""
@@ -95,8 +104,18 @@ class ExportRequest:
 
     @property
     def recipe(self) -> Recipe:
-        """How wide each weight is stored."""
+        """How wide each weight is stored, but for what the target's options say."""
         return self.own_recipe or RECIPES[self.precision]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """State-dict name -> shape."""
+        return {name: tuple(weight.shape) for name, weight in self.vlm.state_dict().items()}
+
+    def plan(self, target: Target) -> StoragePlan:
+        """How the target stores each weight, by the recipe and its own options."""
+        overrides = storages(self.shapes, self.precision, self.onnx, self.executorch, self.coreml)
+        return StoragePlan(target, self.precision, overrides, self.recipe, self.chosen)
 
 
 @dataclass(frozen=True)

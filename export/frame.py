@@ -31,7 +31,7 @@ from bundle.verify import verdict_of
 from distill.models.checkpoint import open_checkpoint
 from distill.models.mobilevlm import MobileVlm
 from distill.models.processing import Processing, read_processing
-from export.contract import CoreMlOptions, ExecutorchOptions, ExportedGraphs, ExportRequest, OnnxOptions
+from export.contract import CoreMlOptions, ExecutorchOptions, ExportedGraphs, ExportRequest, OnnxOptions, storages
 from export.coreai.stock import write_stock_files
 from export.golden.prefix import refuse_prefix, write_prefix
 from export.golden.record import Probe, probes
@@ -47,7 +47,6 @@ from export.quantize.request import Quantizing
 from export.supported import check_supported
 from export.targets import load_exporter
 from export.weights.lazy import Layered
-from export.weights.plan import StoragePlan
 from export.weights.recipe import RECIPES, Storage
 
 # KV cache rows when the user names no number: an image, a long question and a long answer of the six benchmarks fit,
@@ -77,9 +76,8 @@ class ExportJob:
         return self.quantizing or Quantizing(RECIPES[self.precision])
 
     def storages(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Storage]:
-        """Weights that are stored otherwise than the recipe says; options of other targets are at their defaults."""
-        executorch, coreml = (o.storages(shapes, self.precision) for o in (self.executorch, self.coreml))
-        return self.onnx.storages | executorch | coreml
+        """Weights that are stored otherwise than the recipe says."""
+        return storages(shapes, self.precision, self.onnx, self.executorch, self.coreml)
 
 
 def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
@@ -113,27 +111,26 @@ def export_bundle(job: ExportJob, progress: Callable[[str], None]) -> Manifest:
         if decision.blame is not None:
             write_text_whole(folder / BLAME_FILE, decision.blame.model_dump_json(indent=1) + "\n")
         chosen = decision.chosen
-        exported = exporter(
-            ExportRequest(
-                vlm=model.vlm,
-                precision=job.precision,
-                context_length=context_length,
-                tokenizer_path=processing.tokenizer_path,
-                eos_ids=processing.tokenizer.eos_ids,
-                bos_id=processing.tokenizer.bos_id,
-                output=folder,
-                progress=progress,
-                weights=model.weights if chosen is None else Layered(chosen, model.weights),
-                work=work,
-                onnx=job.onnx,
-                executorch=job.executorch,
-                coreml=job.coreml,
-                own_recipe=decision.recipe,
-                chosen=chosen,
-            )
+        request = ExportRequest(
+            vlm=model.vlm,
+            precision=job.precision,
+            context_length=context_length,
+            tokenizer_path=processing.tokenizer_path,
+            eos_ids=processing.tokenizer.eos_ids,
+            bos_id=processing.tokenizer.bos_id,
+            output=folder,
+            progress=progress,
+            weights=model.weights if chosen is None else Layered(chosen, model.weights),
+            work=work,
+            onnx=job.onnx,
+            executorch=job.executorch,
+            coreml=job.coreml,
+            own_recipe=decision.recipe,
+            chosen=chosen,
         )
+        exported = exporter(request)
         shutil.copyfile(processing.tokenizer_path, folder / processing.tokenizer.path)
-        recorded = _record(job, model, exported.dequantized, decision, questions, folder, progress)
+        recorded = _record(request, job, model, exported.dequantized, questions)
         release_free_memory()
         progress(f"golden vectors of {len(questions)} questions recorded")
         manifest = _manifest(job, model.vlm, source, processing, exported, context_length, recorded, decision)
@@ -186,18 +183,14 @@ def _context_length(job: ExportJob, vlm: MobileVlm, questions: Sequence[Probe]) 
 
 
 def _record(
+    request: ExportRequest,
     job: ExportJob,
     model: LoadedModel,
     dequantized: Mapping[str, torch.Tensor],
-    decision: Decision,
     questions: Sequence[Probe],
-    folder: Path,
-    progress: Callable[[str], None],
 ) -> Recorded:
-    shapes = {name: tuple(weight.shape) for name, weight in model.vlm.state_dict().items()}
-    plan = StoragePlan(job.target, job.precision, job.storages(shapes), decision.recipe, decision.chosen)
     try:
-        return record(model, dequantized, questions, plan, folder, progress)
+        return record(model, dequantized, questions, request.plan(job.target), request.output, request.progress)
     except VerificationError as error:
         raise VerificationError(f"{error}; {job.output} was not written: run alignkd-doctor") from error
 

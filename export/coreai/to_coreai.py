@@ -14,7 +14,6 @@ from export.coreai.convert import convert, load_converter, note_names
 from export.coreai.modules import CoreAiDecoder, CoreAiEmbedding, CoreAiVision, with_weights
 from export.coreai.weights import PackedWeight, pack, read_back
 from export.coreml.to_coreml import describe
-from export.weights.plan import StoragePlan
 from export.weights.recipe import Storage
 
 FloatName = Literal["float16", "float32"]
@@ -55,7 +54,7 @@ def export_graph(request: ExportRequest, name: GraphName) -> tuple[Graph, GraphQ
     """Write one asset; the last value holds the weights that differ from the checkpoint's."""
     part, dtype = PARTS[name](request), DTYPES[_float(request.precision)]
     weights = request.vlm.state_dict() if request.weights is None else request.weights
-    plan = StoragePlan("coreai", request.precision)
+    plan = request.plan("coreai")
     rules: dict[str, Storage] = {}
     floats: dict[str, torch.Tensor] = {}
     packed: dict[str, PackedWeight] = {}

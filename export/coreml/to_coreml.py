@@ -18,7 +18,6 @@ from export.coreml.hollow import hollow
 from export.coreml.parts import PARTS, Part, Wanted, runner_notes, with_rows
 from export.coreml.weights import Held, PackageWeights, check_weights
 from export.job.meter import Meter
-from export.weights.plan import StoragePlan
 from export.weights.recipe import Storage
 
 TABLE_ENTRY_BYTES, TABLE_ENTRIES = 2, 16
@@ -62,16 +61,10 @@ class GraphExporter:
         self._request = request
         streamed = request.weights
         self._weights: Mapping[str, torch.Tensor] = request.vlm.state_dict() if streamed is None else streamed
-        self.shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
+        self.shapes = request.shapes
         model, self._placeholders = hollow(request.vlm.config, self._weights)
         self.wanted = Wanted(model, request.precision, request.context_length)
-        self._plan = StoragePlan(
-            "coreml",
-            request.precision,
-            request.coreml.storages(self.shapes, request.precision),
-            request.own_recipe,
-            request.chosen,
-        )
+        self._plan = request.plan("coreml")
 
     def export(self, name: GraphName) -> tuple[Graph, GraphQuantization, dict[str, tuple[Held, ...]]]:
         """Write one package, or take over what a killed run finished; the last value says where its weights lie."""

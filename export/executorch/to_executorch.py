@@ -11,7 +11,6 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from export.model.graph_weights import graph_of
 from export.model.shape import model_shape
 from export.weights.described import described, with_fallbacks
 from export.weights.lazy import Layered, LazyWeights
-from export.weights.plan import StoragePlan
 from export.weights.recipe import RECIPES, fallbacks
 
 FILE = "model.pte"
@@ -111,19 +109,13 @@ def _part(name: GraphName) -> str:
 def source_of(request: ExportRequest, name: GraphName) -> WeightSource:
     """The weights of one graph, and how they are stored."""
     vlm = request.vlm
-    shapes = {key: tuple(weight.shape) for key, weight in vlm.state_dict().items()}
-    values = sum(math.prod(shape) for key, shape in shapes.items() if graph_of(key, vlm) == name)
+    values = sum(math.prod(shape) for key, shape in request.shapes.items() if graph_of(key, vlm) == name)
     return WeightSource(
         weights=vlm.state_dict() if request.weights is None else request.weights,
-        plan=_plan(request, shapes),
+        plan=request.plan("executorch"),
         dynamic=_is_readable(request, name),
         meter=Meter(f"{name.replace('_', ' ')}: weights quantized", values, request.progress),
     )
-
-
-def _plan(request: ExportRequest, shapes: Mapping[str, tuple[int, ...]]) -> StoragePlan:
-    overrides = request.executorch.storages(shapes, request.precision)
-    return StoragePlan("executorch", request.precision, overrides, request.own_recipe, request.chosen)
 
 
 def _module(twin: Any, name: GraphName, context_length: int) -> VisionEncoder | TokenEmbedding | TextDecoder:
@@ -184,23 +176,16 @@ QUANTIZATION: dict[Precision, dict[GraphName, GraphQuantization]] = {
 def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     """The table's row, with the number of decoder matrices whose width the group does not divide."""
     row = QUANTIZATION[request.precision] | {"vision_encoder": _vision(request)}
-    shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
     if request.recipe != RECIPES[request.precision]:
-        plan = _plan(request, shapes)
-        return {name: _mixed(request, name, plan, shapes, row[name].activations) for name in row}
-    decoder = with_fallbacks(row["text_decoder"], len(fallbacks(shapes, request.recipe)))
+        return {name: _mixed(request, name, row[name].activations) for name in row}
+    decoder = with_fallbacks(row["text_decoder"], len(fallbacks(request.shapes, request.recipe)))
     return row | {"text_decoder": decoder}
 
 
-def _mixed(
-    request: ExportRequest,
-    graph: GraphName,
-    plan: StoragePlan,
-    shapes: Mapping[str, tuple[int, ...]],
-    activations: str,
-) -> GraphQuantization:
-    mine = [name for name in shapes if graph_of(name, request.vlm) == graph]
-    return described([plan.storage(name, shapes[name]) for name in mine], activations)
+def _mixed(request: ExportRequest, graph: GraphName, activations: str) -> GraphQuantization:
+    plan = request.plan("executorch")
+    mine = {name: shape for name, shape in request.shapes.items() if graph_of(name, request.vlm) == graph}
+    return described([plan.storage(name, shape) for name, shape in mine.items()], activations)
 
 
 def _vision(request: ExportRequest) -> GraphQuantization:

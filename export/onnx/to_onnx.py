@@ -6,7 +6,7 @@ What onnxruntime-genai needs to open the same files is written beside them (expo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from pydantic import TypeAdapter
@@ -22,7 +22,7 @@ from export.onnx.stored import Stored, StoredWeights
 from export.onnx.vision import write_vision_encoder
 from export.weights.blocks import CHANNEL_BLOCK
 from export.weights.described import described, with_fallbacks
-from export.weights.recipe import RECIPES, fallbacks, storage_of
+from export.weights.recipe import RECIPES, fallbacks
 
 FOLDER = "onnx"
 SUFFIX: dict[Precision, str] = {"int4": "_q4", "int8": "_quantized", "fp16": "_fp16", "fp32": ""}
@@ -42,7 +42,7 @@ def export_onnx(request: ExportRequest) -> ExportedGraphs:
     paths = {name: f"{FOLDER}/{stem}{SUFFIX[precision]}.onnx" for name, stem in STEMS.items()}
     graphs, stored = _finished_before(request)
     todo = {name: write for name, write in _writers(request, paths).items() if name not in graphs}
-    shapes = {name: tuple(weight.shape) for name, weight in vlm.state_dict().items()}
+    shapes = request.shapes
     values = sum(math.prod(shape) for name, shape in shapes.items() if graph_of(name, vlm) in todo)
     source = WeightSource(
         weights=vlm.state_dict() if request.weights is None else request.weights,
@@ -122,17 +122,14 @@ def _quantization(request: ExportRequest) -> dict[GraphName, GraphQuantization]:
     row = dict(QUANTIZATION[request.precision])
     if request.onnx.int4_embedding:
         row["token_embedding"] = TABLE_4
-    shapes = {name: tuple(weight.shape) for name, weight in request.vlm.state_dict().items()}
     if request.recipe != RECIPES[request.precision]:
-        return {name: _mixed(request, name, shapes) for name in row}
-    decoder = with_fallbacks(row["text_decoder"], len(fallbacks(shapes, request.recipe)))
+        return {name: _mixed(request, name) for name in row}
+    decoder = with_fallbacks(row["text_decoder"], len(fallbacks(request.shapes, request.recipe)))
     return row | {"text_decoder": decoder}
 
 
-def _mixed(request: ExportRequest, graph: GraphName, shapes: Mapping[str, tuple[int, ...]]) -> GraphQuantization:
-    storages = [
-        request.onnx.storages.get(name) or storage_of(name, shape, request.recipe)
-        for name, shape in shapes.items()
-        if graph_of(name, request.vlm) == graph
-    ]
+def _mixed(request: ExportRequest, graph: GraphName) -> GraphQuantization:
+    plan = request.plan("onnx")
+    mine = {name: shape for name, shape in request.shapes.items() if graph_of(name, request.vlm) == graph}
+    storages = [plan.storage(name, shape) for name, shape in mine.items()]
     return described(storages, QUANTIZATION[request.precision][graph].activations, CHANNEL_BLOCK)
